@@ -1,0 +1,1 @@
+"""Text to packed tokens (corpus), activations on disk (cache), and the data modules that serve them."""

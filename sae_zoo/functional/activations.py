@@ -1,0 +1,108 @@
+"""JumpReLU, the Heaviside step and their straight-through pseudo-derivatives.
+
+Source: Rajamanoharan et al. 2024 (arXiv 2407.14435), section 3. With a kernel K that integrates to one and a bandwidth
+eps, the pseudo-derivatives are
+
+    d/dz     JumpReLU_theta(z) = H(z - theta)                  d/dz     H(z - theta) = 0
+    d/dtheta JumpReLU_theta(z) = -(theta / eps) K((z - theta) / eps)
+    d/dtheta H(z - theta)      = -(1 / eps) K((z - theta) / eps)
+
+All functions are elementwise on ``pre_acts`` and a ``threshold`` of the same shape or one that broadcasts to it.
+Thresholds and the window are computed in float32 whatever the dtype of ``pre_acts``, so that the penalty reaches the
+threshold at full strength under mixed precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Kernels by name: (K(u), half-width of the support in units of the bandwidth). Rectangle is the paper's; the others are
+# named in its appendix. The Gaussian is cut where it has fallen below 4e-4 of its peak.
+_SQRT_2PI = math.sqrt(2 * math.pi)
+KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "rectangle": (lambda u: (u.abs() < 0.5).to(u.dtype), 0.5),
+    "triangle": (lambda u: (1 - u.abs()).clamp_min(0), 1.0),
+    "epanechnikov": (lambda u: (0.75 * (1 - u * u)).clamp_min(0), 1.0),
+    "gaussian": (lambda u: torch.exp(-0.5 * u * u) / _SQRT_2PI * (u.abs() < 4.0), 4.0),
+}
+# Standard deviation of each kernel at bandwidth 1: kernels are compared at matched variance, not at equal bandwidth.
+KERNEL_STD = {"rectangle": 12**-0.5, "triangle": 6**-0.5, "epanechnikov": 5**-0.5, "gaussian": 1.0}
+
+
+def kernel_half_width(kernel: str, bandwidth: float) -> float:
+    """Distance from the threshold beyond which the pseudo-derivatives are zero, in units of the pre-activations.
+
+    Raises:
+        ValueError: if the kernel is unknown or the bandwidth is not positive.
+    """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; choose from {', '.join(sorted(KERNELS))}")
+    if not bandwidth > 0:
+        raise ValueError(f"bandwidth is {bandwidth}; it must be positive")
+    return KERNELS[kernel][1] * bandwidth
+
+
+def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float, kernel: str) -> Tensor:
+    """(1 / eps) K((z - theta) / eps), in float32."""
+    return KERNELS[kernel][0]((pre_acts.float() - threshold.float()) / bandwidth) / bandwidth
+
+
+class _JumpReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts):
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth, ctx.kernel, ctx.ste_into_pre_acts = bandwidth, kernel, ste_into_pre_acts
+        return pre_acts * (pre_acts > threshold)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre_acts, threshold = ctx.saved_tensors
+        edge = threshold.float() * _window(pre_acts, threshold, ctx.bandwidth, ctx.kernel)
+        d_pre = grad * (pre_acts > threshold)
+        if ctx.ste_into_pre_acts:
+            d_pre = d_pre + (grad.float() * edge).to(grad.dtype)
+        return d_pre, (-grad.float() * edge).sum_to_size(threshold.shape).to(threshold.dtype), None, None, None
+
+
+class _Heaviside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts):
+        ctx.save_for_backward(pre_acts, threshold)
+        ctx.bandwidth, ctx.kernel, ctx.ste_into_pre_acts = bandwidth, kernel, ste_into_pre_acts
+        return (pre_acts > threshold).to(torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pre_acts, threshold = ctx.saved_tensors
+        edge = grad * _window(pre_acts, threshold, ctx.bandwidth, ctx.kernel)
+        d_pre = edge.to(pre_acts.dtype) if ctx.ste_into_pre_acts else None
+        return d_pre, -edge.sum_to_size(threshold.shape).to(threshold.dtype), None, None, None
+
+
+def jumprelu(pre_acts: Tensor, threshold: Tensor, *, bandwidth: float, kernel: str = "rectangle",
+             ste_into_pre_acts: bool = False) -> Tensor:
+    """z * H(z - theta), with the paper's pseudo-derivatives.
+
+    Args:
+        pre_acts: z, any shape.
+        threshold: theta, broadcasts to ``pre_acts``.
+        bandwidth: eps, in the units of ``pre_acts``.
+        kernel: a key of :data:`KERNELS`.
+        ste_into_pre_acts: also send the window's gradient into ``pre_acts``, as the derivative of a function of
+            z - theta would; the paper does not (claim C13 says that it hurts).
+    """
+    return _JumpReLU.apply(pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts)
+
+
+def heaviside(pre_acts: Tensor, threshold: Tensor, *, bandwidth: float, kernel: str = "rectangle",
+              ste_into_pre_acts: bool = False) -> Tensor:
+    """H(z - theta) in float32, with the paper's pseudo-derivative into theta; summed over latents it is the L0.
+
+    It takes **pre-activations**: on latents that a JumpReLU has already cut, the lower half of the window is empty and
+    the gradient about half of what it should be. Arguments as :func:`jumprelu`.
+    """
+    return _Heaviside.apply(pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts)

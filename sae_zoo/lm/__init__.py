@@ -1,0 +1,1 @@
+"""Causal language models: load one, name a hook point, capture activations there, splice reconstructions in."""

@@ -1,0 +1,228 @@
+"""What every SAE shares: parameters, input scale, encode and decode, and the training loss on the active set.
+
+One training step, the same for every variant: encoder GEMM -> ``select`` (which entries are active) -> ``latents`` (what
+value each takes) -> decode over the active set -> squared error + ``penalty`` -> backward over the active set. A variant
+gives ``select`` (or the bound that its entries exceed), ``latents`` and ``penalty``: its equation and nothing else.
+Whether a step runs on the active set or densely is decided from the density that the step before measured; both give
+the same gradients.
+
+Training works in units where E||x||^2 = 1 (``input_scale`` divides raw activations); everything public takes and gives
+raw activations.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sae_zoo.functional.decoder import normalise_rows_
+from sae_zoo.functional.encoder import dense_pre_acts, sparse_pre_acts
+from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, active_from_mask, sparse_decode
+from sae_zoo.saes.lightning import LightningSAE
+from sae_zoo.training.recipe import Recipe
+
+
+@dataclass(frozen=True, eq=False)
+class SAEOutput:
+    """Attributes: ``x_hat`` [batch, d_in] raw reconstruction; ``latents`` [batch, d_sae]."""
+
+    x_hat: Tensor
+    latents: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SAELoss:
+    """Attributes: ``total`` (what is minimised), ``terms`` (its parts by name), ``step`` (what they were made from)."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    step: Step
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The tensors of one training step, in normalised units; elementwise ones are [batch, d_sae] on the dense path and
+    [n_active] on the sparse one, so that a variant's formulas serve both.
+
+    Attributes:
+        x: [batch, d_in].
+        pre_acts, latents: pre-activations and the latents made from them.
+        active: the active set; None on the dense path.
+        x_hat: [batch, d_in].
+    """
+
+    x: Tensor
+    pre_acts: Tensor
+    latents: Tensor
+    active: ActiveSet | None
+    x_hat: Tensor
+
+    def of_latent(self, parameter: Tensor) -> Tensor:
+        """A [d_sae] parameter, laid out as ``pre_acts`` is."""
+        return parameter if self.active is None else parameter[self.active.latent_ids]
+
+    def mean_sum(self, values: Tensor) -> Tensor:
+        """Sum over latents, mean over the batch."""
+        return values.sum() / len(self.x)
+
+    def decode(self, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+        """[batch, d_in] from values laid out as ``pre_acts``."""
+        return _decode(values, self.active, W_dec) + b_dec
+
+
+def _decode(values: Tensor, active: ActiveSet | None, W_dec: Tensor) -> Tensor:
+    return values @ W_dec if active is None else sparse_decode(SparseCode(active, values), W_dec)
+
+
+class SAE(LightningSAE, ABC):
+    """A sparse autoencoder with one hidden layer.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        input_scale: C = sqrt(E||x||^2); raw activations are divided by it inside.
+        subtract_b_dec: subtract ``b_dec`` before the encoder (in training; folded into the encoder's bias on export).
+        recipe: how to train; None for an SAE that is only used.
+        l0_target: L0 on held-out tokens to train towards.
+        sparsity_coefficient: a fixed coefficient of the sparsity term; turns L0 control off.
+        initial_coefficient: where L0 control starts.
+        seed: of the initial weights.
+
+    Raises:
+        ValueError: if a value is out of bounds, or neither a target nor a coefficient says how sparse to be.
+    """
+
+    variant: ClassVar[str]
+    encoder_bias: ClassVar[str] = "b_enc"
+    # On which side of this share of active entries the dense path is faster (analysis/benchmark.py measures it).
+    sparse_below_density: ClassVar[float] = 0.04
+
+    def __init__(self, *, d_in: int, d_sae: int, input_scale: float = 1.0, subtract_b_dec: bool = True,
+                 recipe: Recipe | None = None, l0_target: float | None = None,
+                 sparsity_coefficient: float | None = None, initial_coefficient: float = 1e-3, seed: int = 0):
+        super().__init__(d_sae=d_sae, recipe=recipe, l0_target=l0_target, sparsity_coefficient=sparsity_coefficient,
+                         initial_coefficient=initial_coefficient)
+        for name, value in (("d_in", d_in), ("d_sae", d_sae), ("input_scale", input_scale)):
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; it must be positive")
+        self.d_in, self.subtract_b_dec = d_in, subtract_b_dec
+
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.rand(d_sae, d_in, generator=generator) * 2 - 1
+        normalise_rows_(W_dec)
+        # W_enc is [d_in, d_sae] but column after column in memory: its gradient is born as rows of latents.
+        self.W_enc = nn.Parameter(W_dec.clone().T)
+        self.W_dec = nn.Parameter(W_dec)
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.register_parameter(self.encoder_bias, nn.Parameter(torch.zeros(d_sae)))
+        self.register_buffer("input_scale", torch.tensor(float(input_scale)))
+
+    # What a variant says.
+
+    def lower_bound(self, *, training: bool) -> Tensor | float:
+        """Pre-activations above it ([d_sae] or a number) are active or, in ``training``, receive a gradient."""
+        raise NotImplementedError  # a variant gives this or select
+
+    def select(self, pre_acts: Tensor, *, training: bool) -> ActiveSet:
+        """The active set of [rows, d_sae] pre-activations."""
+        return active_from_mask(pre_acts > self.lower_bound(training=training))
+
+    def n_selected(self, pre_acts: Tensor) -> Tensor:
+        """Size of the training active set of [batch, d_sae] pre-activations, without making it."""
+        return (pre_acts > self.lower_bound(training=True)).sum()
+
+    @abstractmethod
+    def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
+        """Values of latents, elementwise on pre-activations: [batch, d_sae] with ``ids`` None, or [n_active] with the
+        latent of each entry.
+        """
+
+    @abstractmethod
+    def penalty(self, step: Step) -> dict[str, Tensor]:
+        """The variant's loss terms beside the squared error, coefficients included."""
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        """Whether decoder rows are held at norm 1."""
+        return True
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments of the variant that its inference depends on."""
+        return {}
+
+    @torch.no_grad()
+    def start_at(self, quantiles: Tensor) -> None:
+        """Start so that each latent is active where its pre-activation exceeds ``quantiles`` [d_sae]."""
+        getattr(self, self.encoder_bias).sub_(quantiles)
+
+    # Raw activations in, raw reconstruction out.
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        if x.ndim != 2 or x.shape[1] != self.d_in:
+            raise ValueError(f"x has shape {list(x.shape)}; expected [batch, d_in = {self.d_in}]")
+        return x.to(self.W_dec.dtype) / self.input_scale
+
+    def _centre(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.subtract_b_dec else x
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents [batch, d_sae], in raw units, of raw activations [batch, d_in]; differentiable."""
+        pre_acts = torch.addmm(getattr(self, self.encoder_bias), self._centre(self._normalise(x)), self.W_enc)
+        return self.latents(pre_acts, None) * self.input_scale
+
+    @torch.no_grad()
+    def encode_sparse(self, x: Tensor) -> SparseCode:
+        """:meth:`encode` without the zeros, and without the memory that they would take."""
+        pre_acts, active = sparse_pre_acts(
+            self._centre(self._normalise(x)), self.W_enc, getattr(self, self.encoder_bias), None,
+            lambda piece: self.select(piece, training=False),
+        )
+        return SparseCode(active, self.latents(pre_acts, active.latent_ids) * self.input_scale)
+
+    def decode(self, latents: Tensor | SparseCode) -> Tensor:
+        """Raw reconstruction [batch, d_in] of latents in raw units, dense or sparse."""
+        if isinstance(latents, SparseCode):
+            decoded = sparse_decode(latents, self.W_dec)
+        else:
+            decoded = latents @ self.W_dec
+        return decoded + self.b_dec * self.input_scale
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        latents = self.encode(x)
+        return SAEOutput(self.decode(latents), latents)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Raw reconstruction [batch, d_in] through the active set."""
+        return self.decode(self.encode_sparse(x))
+
+    # The training step.
+
+    def run(self, x: Tensor, *, sparse: bool) -> Step:
+        """Encoder to reconstruction of normalised ``x`` [batch, d_in]."""
+        b_dec = self.b_dec if self.subtract_b_dec else None
+        arguments = (self._centre(x), self.W_enc, getattr(self, self.encoder_bias), b_dec)
+        if sparse:
+            pre_acts, active = sparse_pre_acts(*arguments, lambda piece: self.select(piece, training=True))
+        else:
+            pre_acts, active = dense_pre_acts(*arguments), None
+        latents = self.latents(pre_acts, None if active is None else active.latent_ids)
+        return Step(x, pre_acts, latents, active, _decode(latents, active, self.W_dec) + self.b_dec)
+
+    def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:
+        """The training loss of raw activations [batch, d_in], in normalised units.
+
+        Args:
+            sparse: run on the active set or densely; None decides by the density measured last.
+        """
+        if sparse is None:
+            sparse = float(self.density) < self.sparse_below_density
+        step = self.run(self._normalise(x), sparse=sparse)
+        terms = {"reconstruction": F.mse_loss(step.x_hat, step.x, reduction="sum") / len(x), **self.penalty(step)}
+        return SAELoss(sum(terms.values()), terms, step)

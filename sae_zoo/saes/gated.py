@@ -1,0 +1,63 @@
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sae_zoo.saes.base import SAE, Step
+
+FORMS = ("original", "ri_l1")
+
+
+class GatedSAE(SAE):
+    """pi_gate = W_gate (x - b_dec) + b_gate; f = 1[pi_gate > 0] * ReLU(W_mag (x - b_dec) + b_mag), with the rows tied by
+    W_mag[i] = exp(r_mag[i]) * W_gate[i]. ``W_enc`` is W_gate.
+
+    Since the magnitude path is exp(r_mag) * (pi_gate - b_gate) + b_mag, both paths are elementwise on one
+    pre-activation, and share one active set. The loss adds lambda * ||ReLU(pi_gate)||_1 and, with weight 1, the error of
+    a reconstruction from ReLU(pi_gate) through a **frozen** decoder.
+
+    Args:
+        form: ``original`` (unit decoder rows) or ``ri_l1`` (sum_i ReLU(pi_gate,i) ||d_i||, free decoder rows).
+    """
+
+    variant = "gated"
+    encoder_bias = "b_gate"
+
+    def __init__(self, *, form: str = "original", **common: Any):
+        if form not in FORMS:
+            raise ValueError(f"sae.form is {form!r}; choose from {', '.join(FORMS)}")
+        self.form = form
+        super().__init__(**common)
+        self.b_mag = nn.Parameter(torch.zeros(self.d_sae))
+        self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"form": self.form}
+
+    @property
+    def unit_norm_decoder(self) -> bool:
+        return self.form == "original"
+
+    def lower_bound(self, *, training: bool) -> float:
+        return 0.0
+
+    def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
+        b_gate, b_mag, r_mag = (p if ids is None else p[ids] for p in (self.b_gate, self.b_mag, self.r_mag))
+        return torch.relu(r_mag.exp() * (pre_acts - b_gate) + b_mag) * (pre_acts > 0)
+
+    def penalty(self, step: Step) -> dict[str, Tensor]:
+        gate = torch.relu(step.pre_acts)
+        frozen = step.decode(gate, self.W_dec.detach(), self.b_dec.detach())
+        weighted = gate
+        if self.form == "ri_l1":
+            weighted = gate * step.of_latent(torch.linalg.vector_norm(self.W_dec, dim=1))
+        return {
+            "sparsity": self.coefficient * step.mean_sum(weighted),
+            "auxiliary": F.mse_loss(frozen, step.x, reduction="sum") / len(step.x),
+        }

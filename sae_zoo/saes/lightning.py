@@ -1,0 +1,188 @@
+"""The Lightning side of every SAE: data-dependent start, optimiser and schedules, L0 control, counters, logging.
+
+Glue around the pure functions of ``training`` and ``functional``; whatever must survive a resume is a buffer.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from sae_zoo.functional.decoder import normalise_rows_, remove_parallel_
+from sae_zoo.training.control import l0_error, next_log_coefficient
+from sae_zoo.training.recipe import Recipe
+from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
+
+# Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
+_L0_WEIGHT, _RATIO_WEIGHT = 0.2, 0.3
+_START_CHUNK_ELEMENTS = 1 << 22
+
+
+class LightningSAE(pl.LightningModule):
+    """Training of an SAE whose maths (``loss``, ``encode_sparse``, ...) a subclass gives.
+
+    Args:
+        d_sae: number of latents.
+        recipe, l0_target, sparsity_coefficient, initial_coefficient: see :class:`sae_zoo.saes.base.SAE`.
+
+    Raises:
+        ValueError: if a value is out of bounds.
+    """
+
+    def __init__(self, *, d_sae: int, recipe: Recipe | None, l0_target: float | None,
+                 sparsity_coefficient: float | None, initial_coefficient: float):
+        super().__init__()
+        if l0_target is not None and not 0 < l0_target <= d_sae:
+            raise ValueError(f"l0_target is {l0_target}; it must be above 0 and at most d_sae = {d_sae}")
+        if sparsity_coefficient is not None and not sparsity_coefficient >= 0:
+            raise ValueError(f"sparsity_coefficient is {sparsity_coefficient}; it must not be negative")
+        if not initial_coefficient > 0:
+            raise ValueError(f"initial_coefficient is {initial_coefficient}; it must be positive")
+        self.d_sae, self.recipe = d_sae, recipe
+        self.l0_target, self.sparsity_coefficient = l0_target, sparsity_coefficient
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("density", torch.ones(()))  # share of entries in the last step's active set
+        self.register_buffer("log_coefficient", torch.tensor(math.log(initial_coefficient), dtype=torch.float64))
+        self.register_buffer("control_error", torch.tensor(math.nan, dtype=torch.float64))
+        self.register_buffer("l0_average", torch.tensor(math.nan, dtype=torch.float64))
+        self.register_buffer("heldout_l0_ratio", torch.ones((), dtype=torch.float64))
+        self._heldout: list[tuple[float, int]] = []
+
+    # Start.
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Data-dependent start from raw activations [n, d_in], as far as the recipe has one.
+
+        ``b_dec`` starts at the mean; each latent's threshold (or bias) at the quantile of its pre-activations that makes
+        it active on ``l0_start * l0_target / d_sae`` of the tokens. At such an L0 the tied encoder overshoots
+        severalfold, so it is scaled to the least-squares multiple of its reconstruction.
+        """
+        x = self._normalise(x)
+        if self.recipe.b_dec_start == "mean":
+            self.b_dec.copy_(x.mean(0))
+        if self.recipe.l0_start is None or self.l0_target is None:
+            return
+        rank = max(1, round(min(0.5, self.recipe.l0_start * self.l0_target / self.d_sae) * len(x)))
+        centred, x_hat, quantiles = x - self.b_dec, torch.zeros_like(x), x.new_empty(self.d_sae)
+        for ids in torch.arange(self.d_sae, device=x.device).split(max(1, _START_CHUNK_ELEMENTS // len(x))):
+            pre_acts = centred @ self.W_enc[:, ids]
+            quantiles[ids] = pre_acts.topk(rank, dim=0).values[-1].clamp_min_(1e-4)
+            x_hat += (pre_acts * (pre_acts >= quantiles[ids])) @ self.W_dec[ids]
+        scale = float((x_hat * centred).sum() / x_hat.square().sum())
+        self.W_enc.mul_(scale)
+        self.start_at(quantiles * scale)
+
+    # Optimiser and schedules.
+
+    def configure_optimizers(self):
+        recipe = self.recipe
+        thresholds = {name for name, _ in self.named_parameters() if "threshold" in name}
+        groups = [
+            {"params": [p for n, p in self.named_parameters() if n not in thresholds], "lr": recipe.lr},
+            {"params": [p for n, p in self.named_parameters() if n in thresholds], "lr": recipe.threshold_lr},
+        ]
+        optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(recipe.beta1, recipe.beta2),
+                                     eps=recipe.adam_eps, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(
+            step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps, start_factor=recipe.lr_start_factor,
+            decay_fraction=recipe.lr_decay_fraction))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        if self.unit_norm_decoder:
+            remove_parallel_(self.W_dec.grad, self.W_dec)
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.constrain()
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """What is enforced after every step: unit decoder rows, where the variant has them."""
+        if self.unit_norm_decoder:
+            normalise_rows_(self.W_dec)
+
+    @property
+    def coefficient(self) -> float:
+        """The sparsity coefficient in force at this step."""
+        fixed = self.sparsity_coefficient
+        value = float(self.log_coefficient.exp()) if fixed is None else fixed
+        return value * warmup_factor(self.global_step, self.recipe.coefficient_warmup_steps)
+
+    @property
+    def dead(self) -> Tensor:
+        """[d_sae] bool: silent for at least ``recipe.dead_after_tokens`` training tokens."""
+        return self.tokens_since_fired >= self.recipe.dead_after_tokens
+
+    # Steps.
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        if not torch.isfinite(loss.total):
+            raise ValueError(f"loss is {float(loss.total)} at step {self.global_step}; lower recipe.lr "
+                             f"({self.recipe.lr}) or check the activations")
+        l0 = self._count(loss.step)
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            x = loss.step.x
+            fvu = loss.terms["reconstruction"].detach() * len(x) / (x - x.mean(0)).square().sum()
+            self.log_dict({"L0": l0, "FVU": fvu}, prog_bar=True)
+            self.log_dict({"loss": loss.total.detach(), "coefficient": self.coefficient,
+                           "density": float(self.density), "lr": self.optimizers().param_groups[0]["lr"],
+                           "dead_fraction": self.dead.float().mean()})
+        self._control(l0)
+        return loss.total
+
+    @torch.no_grad()
+    def _count(self, step) -> float:
+        """Update counters with what a step saw on all devices; returns its L0."""
+        fired = step.latents > 0
+        if step.active is None:
+            fired_ids, n_selected = fired.any(0).nonzero().squeeze(1), self.n_selected(step.pre_acts)
+        else:
+            fired_ids, n_selected = step.active.latent_ids[fired], fired.numel()
+        silent = torch.ones(self.d_sae, dtype=torch.uint8, device=fired.device)
+        silent[fired_ids] = 0
+        totals = torch.tensor([float(fired.sum()), float(n_selected), len(step.x)], dtype=torch.float64,
+                              device=fired.device)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(silent, op=torch.distributed.ReduceOp.MIN)
+            torch.distributed.all_reduce(totals)
+        n_fired, n_selected, n_tokens = totals.tolist()
+        self.tokens_since_fired.add_(int(n_tokens)).mul_(silent)
+        self.density.fill_(n_selected / (n_tokens * self.d_sae))
+        return n_fired / n_tokens
+
+    def _control(self, l0: float) -> None:
+        """Drive the coefficient so that the held-out L0 meets its target."""
+        if self.l0_target is None or self.sparsity_coefficient is not None:
+            return
+        recipe, average = self.recipe, float(self.l0_average)
+        average = l0 if math.isnan(average) else average + _L0_WEIGHT * (l0 - average)
+        target = self.l0_target * target_factor(self.global_step, n_steps=recipe.n_steps,
+                                                start_factor=recipe.target_start_factor,
+                                                anneal_fraction=recipe.target_anneal_fraction)
+        error = l0_error(average * float(self.heldout_l0_ratio), target)
+        previous = error if math.isnan(float(self.control_error)) else float(self.control_error)
+        self.log_coefficient.fill_(next_log_coefficient(
+            float(self.log_coefficient), error=error, previous_error=previous,
+            proportional=recipe.control_proportional, integral=recipe.control_integral))
+        self.control_error.fill_(error)
+        self.l0_average.fill_(average)
+
+    # Held-out rows: how L0 there compares with L0 in training. Control aims at the former.
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._heldout.append((float((self.encode_sparse(batch).values > 0).sum()), len(batch)))
+
+    def on_validation_epoch_end(self) -> None:
+        active, tokens = map(sum, zip(*self._heldout, strict=True))
+        self._heldout.clear()
+        l0 = active / tokens
+        self.log("heldout_L0", l0, prog_bar=True)
+        if l0 > 0 and float(self.l0_average) > 0:
+            ratio = float(self.heldout_l0_ratio)
+            self.heldout_l0_ratio.fill_(ratio + _RATIO_WEIGHT * (l0 / float(self.l0_average) - ratio))

@@ -1,0 +1,64 @@
+"""The recipe: everything about training that the variants share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How an SAE is trained; the values stand in ``conf/recipe/*.yaml``, each with its reason.
+
+    Attributes:
+        n_steps: optimiser steps.
+        batch_size: activations a step, over all devices.
+        lr: peak learning rate of Adam.
+        threshold_lr: peak learning rate of thresholds (JumpReLU).
+        beta1, beta2, adam_eps: Adam's.
+        lr_warmup_steps, lr_start_factor, lr_decay_fraction: see :func:`sae_zoo.training.schedules.lr_factor`.
+        coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
+        b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
+        l0_start: None (the paper: thresholds and biases as the variant's yaml says) or the multiple of ``l0_target`` at
+            which every latent's threshold or bias starts, as a quantile of its first pre-activations.
+        target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`.
+        control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
+        dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK).
+
+    Raises:
+        ValueError: if a value is out of bounds.
+    """
+
+    n_steps: int
+    batch_size: int
+    lr: float
+    threshold_lr: float
+    beta1: float
+    beta2: float
+    adam_eps: float
+    lr_warmup_steps: int
+    lr_start_factor: float
+    lr_decay_fraction: float
+    coefficient_warmup_steps: int
+    b_dec_start: str
+    l0_start: float | None
+    target_start_factor: float
+    target_anneal_fraction: float
+    control_proportional: float
+    control_integral: float
+    dead_after_tokens: int
+
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "batch_size", "lr", "threshold_lr", "adam_eps", "target_start_factor",
+                     "dead_after_tokens"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction", "target_anneal_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be between 0 and 1")
+        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_proportional", "control_integral"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
+        if self.b_dec_start not in ("zero", "mean"):
+            raise ValueError(f"recipe.b_dec_start is {self.b_dec_start!r}; choose zero or mean")
+        if self.l0_start is not None and not self.l0_start > 0:
+            raise ValueError(f"recipe.l0_start is {self.l0_start}; it must be positive or null")

@@ -1,0 +1,33 @@
+"""Schedules: pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def lr_factor(step: int, *, n_steps: int, warmup_steps: int, start_factor: float, decay_fraction: float) -> float:
+    """Share of the peak learning rate at ``step``.
+
+    A cosine from ``start_factor`` to 1 over ``warmup_steps`` (Gemma Scope's recipe: from 0.1 over 1,000), then 1, then a
+    linear fall to 0 over the last ``decay_fraction`` of ``n_steps``.
+    """
+    if step < warmup_steps:
+        return start_factor + (1 - start_factor) * 0.5 * (1 - math.cos(math.pi * step / warmup_steps))
+    decay_steps = decay_fraction * n_steps
+    left = n_steps - step
+    return min(1.0, left / decay_steps) if decay_steps > 0 else 1.0
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Linear from 0 to 1 over ``warmup_steps``, then 1."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def target_factor(step: int, *, n_steps: int, start_factor: float, anneal_fraction: float) -> float:
+    """What the L0 target is multiplied by at ``step``: from ``start_factor`` to 1, geometrically, over the first
+    ``anneal_fraction`` of ``n_steps``.
+    """
+    anneal_steps = anneal_fraction * n_steps
+    if step >= anneal_steps:
+        return 1.0
+    return start_factor ** (1 - step / anneal_steps)
