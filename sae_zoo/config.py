@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hydra
+import torch
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sae_zoo.data.corpus import CORPORA, Corpus
+from sae_zoo.data.file import FileActivations
+from sae_zoo.data.harvesting import HarvestSpec
+from sae_zoo.lm.load import LoadedLM, load_lm
 from sae_zoo.memory import keep_freed_memory
+from sae_zoo.records import digest
+from sae_zoo.saes import SAE, variant_class
+from sae_zoo.training.recipe import Recipe
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
 _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
+
+# What does not change a run's numbers, and so is neither hashed nor named.
+_WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps")
+# Overrides whose values the names of sweep and job spell out themselves.
+_SPELLED_OUT = ("sae", "lm", "hook.layer", "hook.site", "l0_target", "seed")
+# Overrides that make runs incomparable: they name the sweep, all others the job.
+_OF_SWEEP = ("recipe", "recipe.n_steps", "recipe.batch_size", "d_sae")
+_GROUPS_OF_SWEEP = ("corpus", "data", "lm", "evaluation")
 
 
 def one_line(error: BaseException) -> str:
@@ -31,6 +51,9 @@ def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> N
     With HYDRA_FULL_ERROR=1 in the environment the whole traceback is shown instead.
     """
     keep_freed_memory()
+    # Lightning's advice and its own use of torch's internals: of no use to somebody who trains an SAE.
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     wants_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of printing them over many lines
     try:
@@ -42,14 +65,111 @@ def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> N
         raise SystemExit(2) from None
 
 
+# Names of folders.
+
+
+def _is_or_below(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def _file_name(text: str) -> str:
+    """``text`` as part of a file name; long or exotic ones end in a digest so that they stay distinct."""
+    safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._")
+    if safe == text and len(safe) <= 100:
+        return safe
+    return f"{safe[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _overrides(root: DictConfig, *, of_sweep: bool) -> list[str]:
+    chosen = []
+    for override in sorted(root.hydra.overrides.task):
+        key = override.split("=")[0].lstrip("+~")
+        if key in _SPELLED_OUT or _is_or_below(key, (*_WITHOUT_EFFECT, "trainer")):
+            continue
+        if (key in _OF_SWEEP or _is_or_below(key, _GROUPS_OF_SWEEP)) == of_sweep:
+            chosen.append(override)
+    return chosen
+
+
+def _sweep_name(_root_: DictConfig) -> str:
+    if _root_.sweep is not None:
+        return _file_name(str(_root_.sweep))
+    parts = [f"{_root_.lm.name}-{_root_.hook.site}.{_root_.hook.layer}" if _root_.data.name == "cache"
+             else Path(_root_.data.path).stem]
+    return _file_name("-".join([*parts, *_overrides(_root_, of_sweep=True)]))
+
+
+def _job_name(_root_: DictConfig) -> str:
+    parts = [_root_.sae.name, f"l0_{_root_.l0_target}", f"seed_{_root_.seed}"]
+    return _file_name("-".join([*parts, *_overrides(_root_, of_sweep=False)]))
+
+
+OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
+OmegaConf.register_new_resolver("job_name", _job_name, replace=True)
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """Digest of a resolved config without what cannot change a run's numbers."""
+    config = OmegaConf.create(config)
+    for key in _WITHOUT_EFFECT:
+        parent, _, name = key.rpartition(".")
+        node = OmegaConf.select(config, parent) if parent else config
+        if node is not None:
+            node.pop(name, None)
+    return digest(OmegaConf.to_container(config))
+
+
+# Objects.
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device of an accelerator as the trainer names it: ``auto`` takes the first GPU, if there is one."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator not in ("auto", "cpu"):
+        raise ValueError(f"accelerator is {accelerator!r}, and there is none here; choose auto or cpu")
+    return torch.device("cpu")
+
+
 def build_corpus(cfg: DictConfig) -> Corpus:
     """The corpus of a ``corpus/*.yaml``.
 
     Raises:
         ValueError: if its name is unknown, or it is empty.
     """
-    arguments = dict(cfg)
+    arguments = OmegaConf.to_container(cfg, resolve=True)
     name = arguments.pop("name")
     if name not in CORPORA:
         raise ValueError(f"corpus.name: {name!r} is unknown; choose from {', '.join(sorted(CORPORA))}")
     return CORPORA[name](**arguments)
+
+
+def build_lm(cfg: DictConfig, device: torch.device) -> LoadedLM:
+    """The language model of an ``lm/*.yaml``, frozen, on ``device``."""
+    return load_lm(cfg.path, revision=cfg.revision, dtype=cfg.dtype, device=device)
+
+
+def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
+    """What ``data/cache.yaml`` and the language model's context size say of a cache."""
+    return HarvestSpec(context_size=cfg.lm.context_size, n_tokens=OmegaConf.to_container(cfg.data.n_tokens),
+                       dtype=cfg.data.dtype, rows_per_shard=cfg.data.rows_per_shard, seed=cfg.data.seed)
+
+
+def build_file_activations(cfg: DictConfig) -> FileActivations:
+    """The activations of ``data/file.yaml``."""
+    return FileActivations(cfg.path, heldout_path=cfg.heldout_path, heldout_fraction=cfg.heldout_fraction)
+
+
+def build_recipe(cfg: DictConfig) -> Recipe:
+    """The recipe of a ``recipe/*.yaml``; ``d_sae`` and ``bandwidth`` in it belong to the SAE."""
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in ("d_sae", "bandwidth")}
+    return Recipe(**arguments)
+
+
+def build_sae(cfg: DictConfig, *, d_in: int, input_scale: float) -> SAE:
+    """The SAE of a ``train.yaml``, at its random start."""
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg.sae, resolve=True).items() if k not in ("name", "variant")}
+    return variant_class(cfg.sae.variant)(
+        d_in=d_in, d_sae=cfg.d_sae, input_scale=input_scale, recipe=build_recipe(cfg.recipe), l0_target=cfg.l0_target,
+        seed=cfg.seed, **arguments,
+    )

@@ -5,9 +5,8 @@ A run that was interrupted goes on from its last checkpoint when the same comman
 
 from __future__ import annotations
 
-import json
 import logging
-import time
+import lzma
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -16,17 +15,17 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from transformers import PreTrainedTokenizerFast
 
-from sae_zoo.config import build_corpus, run_entry_point
+from sae_zoo.config import build_corpus, device_of, run_entry_point
 from sae_zoo.data.corpus import HELD_OUT, pack
 from sae_zoo.data.loading import SeededRows, StepDataModule
 from sae_zoo.lm.pretraining import LanguageModelPretraining, bits_per_byte, build_model, train_tokenizer
+from sae_zoo.records import versions, write_json
 
 log = logging.getLogger(__name__)
 
 
 def pretrain(cfg: DictConfig) -> dict:
     """Tokenizer, training, held-out evaluation, export; returns what ``pretraining.json`` in the folder says."""
-    started = time.time()
     lm_dir = Path(cfg.lm_dir)
     work = lm_dir / "training"
     work.mkdir(parents=True, exist_ok=True)
@@ -65,21 +64,58 @@ def pretrain(cfg: DictConfig) -> dict:
         ckpt_path=checkpoints[-1] if checkpoints else None, weights_only=True,
     )
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(cfg.accelerator)
     module.to(device=device, dtype=torch.bfloat16)  # evaluated as it is shipped
     report = {
-        "parameters": n_parameters, "n_steps": cfg.n_steps, "tokens_seen": cfg.n_steps * cfg.batch_size * cfg.context_size,
-        "corpus_fingerprint": corpus.fingerprint(), "seconds": round(time.time() - started),
-        "torch": torch.__version__,
-        "bits_per_byte": {s: bits_per_byte(module, packed[s].tokens.to(device), packed[s].n_bytes, cfg.batch_size)
-                          for s in HELD_OUT},
-        "held_out_bytes": {s: packed[s].n_bytes for s in HELD_OUT},
+        "architecture": type(model).__name__, "n_parameters": n_parameters, "n_steps": cfg.n_steps,
+        "tokens_seen": cfg.n_steps * cfg.batch_size * cfg.context_size, "context_size": cfg.context_size,
+        "vocab_size": len(tokenizer), "corpus_fingerprint": corpus.fingerprint(), "versions": versions(), "held_out": {},
     }
+    for split in HELD_OUT:
+        text = "".join(document.text for document in corpus.documents(split)).encode()
+        report["held_out"][split] = {
+            "bytes": len(text), "documents": packed[split].n_documents,
+            "bits_per_byte": bits_per_byte(module, packed[split].tokens.to(device), len(text), cfg.batch_size),
+            "bits_per_byte_of_xz_9": len(lzma.compress(text, preset=9)) * 8 / len(text),
+        }
     model.save_pretrained(lm_dir)
     tokenizer.save_pretrained(lm_dir)
-    (lm_dir / "pretraining.json").write_text(json.dumps(report, indent=2) + "\n")
-    log.info("%s\nwritten to %s", json.dumps(report, indent=2), lm_dir)
+    write_json(lm_dir / "pretraining.json", report)
+    (lm_dir / "README.md").write_text(model_card(cfg, report))
+    for split, measured in report["held_out"].items():
+        log.info("%-10s %.3f bits per byte (xz -9: %.3f)", split, measured["bits_per_byte"],
+                 measured["bits_per_byte_of_xz_9"])
+    log.info("written to %s", lm_dir)
     return report
+
+
+def model_card(cfg: DictConfig, report: dict) -> str:
+    """The README.md of the folder: what the model is, how it was made, what was measured."""
+    rows = "\n".join(
+        f"| {split} | {m['documents']} | {m['bytes']:,} | {m['bits_per_byte']:.3f} | {m['bits_per_byte_of_xz_9']:.3f} |"
+        for split, m in report["held_out"].items())
+    architecture = ", ".join(f"{key} {value}" for key, value in cfg.architecture.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {cfg.name}
+
+A small causal language model ({report["architecture"]}, {report["n_parameters"] / 1e6:.2f} million parameters, bfloat16) to
+train sparse autoencoders on where no other can be had. It knows its corpus (`{cfg.corpus.name}`) and nothing else.
+
+* Architecture: {architecture}; context {report["context_size"]}, byte-level BPE of {report["vocab_size"]:,} tokens.
+* Training: {report["n_steps"]:,} steps of {cfg.batch_size} x {cfg.context_size} tokens ({report["tokens_seen"] / 1e6:.1f}
+  million in all), Muon {cfg.matrix_lr} on matrices and AdamW {cfg.other_lr} on the rest, {cfg.precision}, seed {cfg.seed}.
+* Documents are split by a hash of their name; held-out ones were not trained on. Corpus fingerprint
+  `{report["corpus_fingerprint"][:16]}`, Python {report["versions"]["python"]}, torch {report["versions"]["torch"]}.
+
+| held-out split | documents | bytes | bits per byte | `xz -9` |
+|---|---|---|---|---|
+{rows}
+
+Made by `python -m sae_zoo.pretrain`.
+"""
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ class FileCorpus(Corpus):
     def __init__(self, root: Path, files: Iterable[Path]):
         self.root = root
         self.files = sorted(files, key=lambda f: self._name(f))
-        self.skipped: list[Path] = []
+        self.skipped: set[Path] = set()
         if not self.files:
             raise ValueError(f"corpus is empty: no text file found for {root}; check the paths and globs")
 
@@ -85,7 +85,7 @@ class FileCorpus(Corpus):
             if text:
                 yield Document(name, text)
             else:
-                self.skipped.append(file)
+                self.skipped.add(file)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -122,10 +122,9 @@ class TextFilesCorpus(FileCorpus):
         files: set[Path] = set()
         for pattern in [paths] if isinstance(paths, str) else paths:
             path = Path(pattern).expanduser()
-            found = [path] if path.is_file() else [
-                Path(p) for p in glob.glob(str(path / "**" / "*") if path.is_dir() else str(path), recursive=True)
-            ]
-            found = [f.resolve() for f in found if f.is_file()]
+            if path.exists():  # its name may hold characters that a glob would read as its own
+                path = Path(glob.escape(str(path)), "**", "*") if path.is_dir() else Path(glob.escape(str(path)))
+            found = [Path(f).resolve() for f in glob.glob(str(path), recursive=True) if Path(f).is_file()]
             if not found:
                 raise ValueError(f"corpus.paths: {pattern!r} matches no file; give files, folders or globs that exist")
             files.update(found)
@@ -145,16 +144,16 @@ class HFDatasetCorpus(Corpus):
 
     Args:
         path: what ``datasets.load_dataset`` takes, e.g. ``"monology/pile-uncopyrighted"`` or ``"json"``.
-        name: the dataset's configuration, or None.
+        subset: the dataset's configuration, or None.
         split: the dataset's own split to read.
         revision: a commit or tag of the dataset; part of the fingerprint.
         text_field: the column that holds the text.
         data_files: for the generic loaders (``json``, ``text``, ...).
     """
 
-    def __init__(self, *, path: str, name: str | None = None, split: str = "train", revision: str | None = None,
+    def __init__(self, *, path: str, subset: str | None = None, split: str = "train", revision: str | None = None,
                  text_field: str = "text", data_files: str | list[str] | None = None):
-        self.arguments = {"path": path, "name": name, "split": split, "revision": revision, "data_files": data_files}
+        self.arguments = {"path": path, "name": subset, "split": split, "revision": revision, "data_files": data_files}
         self.text_field = text_field
 
     def documents(self, split: str) -> Iterator[Document]:
@@ -164,7 +163,7 @@ class HFDatasetCorpus(Corpus):
             if self.text_field not in row:
                 raise ValueError(f"corpus.text_field: {self.text_field!r} is not a column of "
                                  f"{self.arguments['path']}; its columns are {', '.join(sorted(row))}")
-            text = row[self.text_field]
+            text = row[self.text_field] or ""  # a column of a dataset may hold null
             name = hashlib.sha256(text.encode()).hexdigest()
             if text and split_of(name) == split:
                 yield Document(name, text)

@@ -100,7 +100,7 @@ class SAE(LightningSAE, ABC):
     variant: ClassVar[str]
     encoder_bias: ClassVar[str] = "b_enc"
     # On which side of this share of active entries the dense path is faster (analysis/benchmark.py measures it).
-    sparse_below_density: ClassVar[float] = 0.04
+    sparse_below_density: ClassVar[float] = 0.15
 
     def __init__(self, *, d_in: int, d_sae: int, input_scale: float = 1.0, subtract_b_dec: bool = True,
                  recipe: Recipe | None = None, l0_target: float | None = None,

@@ -1,0 +1,1 @@
+"""From run records to tables, plots and notebooks: reads ``record.json`` files, never trains."""

@@ -1,0 +1,123 @@
+"""What training and evaluation need of activations, wherever they come from (a cache, a user's file)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+def summed_squares(rows: Tensor) -> float:
+    """Sum of ||x||^2 over ``rows`` [n, d_in], in float64, independent of the number of threads."""
+    # torch splits a sum to one number among threads; a sum along each row it does not, and numpy adds in one thread.
+    return float(rows.double().square().sum(dim=1).numpy().sum())
+
+
+def first_not_finite(rows: Tensor) -> int | None:
+    """Index of the first of ``rows`` [n, d_in] (at most 32 bits a number) that holds NaN or inf; None if none does."""
+    # They survive a sum, and finite numbers of 32 bits cannot overflow one of 64: one pass, where isfinite takes three.
+    bad = ~torch.isfinite(rows.sum(dim=1, dtype=torch.float64))
+    return int(bad.int().argmax()) if bad.any() else None
+
+
+class RowStream(Protocol):
+    """An endless sequence of rows: pass after pass over a split, each pass in its own seeded order."""
+
+    def read(self, first: int, count: int) -> Tensor:
+        """Rows ``first`` to ``first + count`` of the sequence, float32 [count, d_in]; fast when read in order."""
+
+
+class Batches:
+    """Batches in which number ``step`` is a pure function of the data, the seed, ``batch_size`` and ``step``.
+
+    Attributes:
+        step: the batch that comes next; set it to go on from anywhere.
+
+    Args:
+        stream: where the rows come from.
+        batch_size: rows of a global batch.
+        n_batches: ``len()`` of this; iteration ends there.
+        start: first ``step``.
+        rank, world_size: this process gets the ``rank``-th of ``world_size`` equal slices of every global batch.
+
+    Raises:
+        ValueError: if a number is out of its range, or ``world_size`` does not divide ``batch_size``.
+    """
+
+    def __init__(self, stream: RowStream, batch_size: int, *, n_batches: int, start: int = 0, rank: int = 0,
+                 world_size: int = 1):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if not 0 <= start <= n_batches:
+            raise ValueError(f"start is {start}; it must be from 0 to the number of batches, {n_batches}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; it must be from 0 to world_size - 1 = {world_size - 1}")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes")
+        self.stream, self.batch_size, self.n_batches = stream, batch_size, n_batches
+        self.rank, self.rows_of_rank = rank, batch_size // world_size
+        self.step = start
+
+    def __len__(self) -> int:
+        return self.n_batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields float32 [batch_size / world_size, d_in]."""
+        while self.step < self.n_batches:
+            first = self.step * self.batch_size + self.rank * self.rows_of_rank
+            self.step += 1
+            yield self.stream.read(first, self.rows_of_rank)
+
+
+class Activations(ABC):
+    """Rows of activations in the splits train, validation and test.
+
+    Attributes:
+        d_in: width of a row.
+        mean_squared_norm: mean of ||x||^2 over the rows of train.
+        data_id: names the data and their split; equal ids mean equal rows.
+    """
+
+    d_in: int
+    mean_squared_norm: float
+    data_id: str
+
+    @abstractmethod
+    def n_rows(self, split: str) -> int:
+        """Rows of ``split``.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+
+    @abstractmethod
+    def rows(self, split: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of ``split`` as stored, float32 [stop - start, d_in]; only these are read.
+
+        Raises:
+            ValueError: if they are not all there.
+        """
+
+    @abstractmethod
+    def stream(self, split: str, seed: int) -> RowStream:
+        """An endless stream over ``split``."""
+
+    def batches(self, split: str, batch_size: int, *, n_batches: int, seed: int, start: int = 0, rank: int = 0,
+                world_size: int = 1) -> Batches:
+        """Shuffled batches of ``split``; passes over it follow each other without a seam. See :class:`Batches`.
+
+        Raises:
+            ValueError: if the split has fewer rows than one batch, or an argument is out of range.
+        """
+        if batch_size > self.n_rows(split):
+            raise ValueError(f"batch_size is {batch_size}, but {split} of {self.data_id} has only {self.n_rows(split)} "
+                             "rows; lower batch_size or give more data")
+        return Batches(self.stream(split, seed), batch_size, n_batches=n_batches, start=start, rank=rank,
+                       world_size=world_size)
+
+    def _check_range(self, split: str, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.n_rows(split):
+            raise ValueError(f"rows {start} to {stop} of {split} were asked for; it has {self.n_rows(split)}")

@@ -1,0 +1,224 @@
+"""The activation cache: immutable, named by what decides its bytes, specified in CACHE_FORMAT.md. This is the reader.
+
+One cache holds one hook point of one language model over one corpus, shuffled when it was written, so that reading is
+sequential: a whole shard at a time, two in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from sae_zoo.data.activations import Activations
+from sae_zoo.data.shards import ShardStream, read_header
+from sae_zoo.records import digest
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_KEYS = ("format_version", "cache_id", "identity", "d_in", "dtype", "rows_per_shard", "mean_squared_norm",
+         "special_ids", "splits", "digest")
+
+
+def make_cache_id(*, lm: str, hook: str, identity: Mapping[str, Any]) -> str:
+    """The name of a cache: readable parts made safe for any file system, then the digest of ``identity``.
+
+    Args:
+        lm, hook: names for people.
+        identity: everything that decides the cache's bytes, as plain JSON values.
+    """
+    readable = [re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-")[-60:] for name in (lm, hook)]
+    return "-".join([*readable, digest(identity)])
+
+
+@contextmanager
+def cache_lock(root: Path | str, cache_id: str) -> Iterator[None]:
+    """Hold the right to build ``cache_id`` below ``root``; waits while another process holds it.
+
+    Look for the cache inside this block, before building it: who has waited finds it finished.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(root / f".{cache_id}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another run is building %s; waiting for it", cache_id)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+class Origin(NamedTuple):
+    """Where rows come from, int32 [n] each: ``token_ids[i]`` is ``cache.tokens(split)[sequences[i], positions[i]]``."""
+
+    token_ids: Tensor
+    sequences: Tensor
+    positions: Tensor
+
+
+class Cache(Activations):
+    """A finished cache; made by :func:`open_cache`.
+
+    Attributes:
+        path: its folder.
+        manifest: its facts, see CACHE_FORMAT.md.
+        cache_id: its name; also its ``data_id``.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any]):
+        self.path, self.manifest = path, manifest
+        self.cache_id: str = manifest["cache_id"]
+        self.data_id = self.cache_id
+        self.d_in: int = manifest["d_in"]
+        self.mean_squared_norm: float = manifest["mean_squared_norm"]
+
+    def files(self) -> list[dict[str, Any]]:
+        """Every file but the manifest: ``file`` (relative), ``rows``, ``bytes``, ``sha256``."""
+        return [entry for split in self.manifest["splits"].values() for entry in (split["tokens"], *split["shards"])]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on disk, without the manifest."""
+        return sum(entry["bytes"] for entry in self.files())
+
+    def n_rows(self, split: str) -> int:
+        return self._split(split)["n_rows"]
+
+    def rows(self, split: str, start: int, stop: int) -> Tensor:
+        return self._read(split, "activations", start, stop).float()
+
+    def origin(self, split: str, start: int, stop: int) -> Origin:
+        """Token id, row of :meth:`tokens` and position in it, of rows ``start`` to ``stop``.
+
+        Raises:
+            ValueError: if they are not all there.
+        """
+        return Origin(*(self._read(split, name, start, stop) for name in Origin._fields))
+
+    def tokens(self, split: str) -> Tensor:
+        """The packed tokens that the language model read, int32 [n_sequences, context_size]."""
+        stored = read_header(self.path / self._split(split)["tokens"]["file"])["tokens"]
+        table = torch.empty(stored.shape, dtype=stored.dtype)
+        stored.read_into(table)
+        return table
+
+    def stream(self, split: str, seed: int) -> ShardStream:
+        return ShardStream([self.path / shard["file"] for shard in self._split(split)["shards"]], seed)
+
+    def verify_hashes(self) -> None:
+        """Compare the SHA-256 of every file with the manifest; reads the whole cache.
+
+        Raises:
+            ValueError: at the first file whose content has changed.
+        """
+        for entry in self.files():
+            with open(self.path / entry["file"], "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                    raise _damaged(self.path, f"the SHA-256 of {entry['file']} is not the manifest's")
+
+    def _split(self, split: str) -> dict[str, Any]:
+        splits = self.manifest["splits"]
+        if split not in splits:
+            raise ValueError(f"split {split!r} is not in {self.cache_id}; it has {', '.join(splits)}")
+        return splits[split]
+
+    def _read(self, split: str, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the tensor ``name``, across shards."""
+        self._check_range(split, start, stop)
+        shards, size = self._split(split)["shards"], self.manifest["rows_per_shard"]
+        like = read_header(self.path / shards[0]["file"])[name]
+        out = torch.empty(stop - start, *like.shape[1:], dtype=like.dtype)
+        for i in range(start // size, math.ceil(stop / size)):
+            first, last = max(start, i * size), min(stop, (i + 1) * size)
+            stored = read_header(self.path / shards[i]["file"])[name]
+            stored.read_into(out[first - start : last - start], first - i * size)
+        return out
+
+
+def open_cache(path: Path | str, *, verify: str = "sizes") -> Cache:
+    """Open a finished cache and check that its manifest and its files agree.
+
+    Args:
+        verify: ``"sizes"`` looks at the size and the header of every file; ``"hashes"`` then also reads all of them.
+
+    Raises:
+        ValueError: in one line, if there is no cache or it is damaged.
+    """
+    if verify not in ("sizes", "hashes"):
+        raise ValueError(f"verify is {verify!r}; it must be 'sizes' or 'hashes'")
+    path = Path(path)
+    cache = Cache(path, _read_manifest(path))
+    dtype = DTYPES[cache.manifest["dtype"]]
+    for split in cache.manifest["splits"].values():
+        table = split["tokens"]
+        _check_file(path, table, {"tokens": (torch.int32, (table["rows"], table["context_size"]))})
+        for shard in split["shards"]:
+            n = shard["rows"]
+            _check_file(path, shard, {"activations": (dtype, (n, cache.d_in)),
+                                      **{name: (torch.int32, (n,)) for name in Origin._fields}})
+    if verify == "hashes":
+        cache.verify_hashes()
+    return cache
+
+
+def _damaged(path: Path, what: str) -> ValueError:
+    return ValueError(f"cache {path} is damaged: {what}; delete the folder to harvest it again")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the cache in ``path``, whole and consistent in itself."""
+    file = path / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{path} is not a cache: it has no {MANIFEST}; harvest it first")
+    try:
+        manifest = json.loads(file.read_text())
+        version = manifest["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise _damaged(path, f"{MANIFEST} is not a JSON object with a format_version") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"cache {path} has format version {version}, this program reads {FORMAT_VERSION}; use the "
+                         "version of sae_zoo that wrote it, or delete the folder to harvest it again")
+    missing = [key for key in _KEYS if key not in manifest]
+    if missing:
+        raise _damaged(path, f"{MANIFEST} lacks {missing[0]}")
+    if manifest["digest"] != manifest_digest(manifest):  # from here on its content is the writer's
+        raise _damaged(path, f"{MANIFEST} was changed after it was written")
+    if manifest["cache_id"] != path.resolve().name:
+        raise ValueError(f"cache {path} calls itself {manifest['cache_id']}; give the folder that name, or delete it")
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of everything in a manifest but the digest itself."""
+    return digest({key: value for key, value in manifest.items() if key != "digest"})
+
+
+def _check_file(path: Path, entry: dict[str, Any], tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    """Raise ValueError unless a file has the size that the manifest says, and exactly these tensors."""
+    name, file = entry["file"], path / entry["file"]
+    if not file.is_file():
+        raise _damaged(path, f"{name} is missing")
+    if file.stat().st_size != entry["bytes"]:
+        raise _damaged(path, f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
+    try:
+        found = {tensor: (stored.dtype, stored.shape) for tensor, stored in read_header(file).items()}
+    except ValueError:
+        found = None
+    if found != tensors:
+        raise _damaged(path, f"{name} does not hold the tensors that the manifest says; it belongs to another cache")

@@ -1,0 +1,282 @@
+"""Writing an activation cache: shuffled while it is written, in memory that does not grow with the cache.
+
+Row i of a split, in the order in which the language model reads, goes to slot ``permutation(i)``. While rows arrive
+they are appended to one bucket file for every shard; when all are there each bucket becomes a shard and is deleted, so
+that at its peak the disk holds one cache and one shard. All of it is built in a folder with a temporary name and
+published by one rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_zoo.data.activations import first_not_finite, summed_squares
+from sae_zoo.data.cache import DTYPES, FORMAT_VERSION, MANIFEST, Cache, Origin, manifest_digest, open_cache
+from sae_zoo.data.corpus import SPLITS, PackedTokens
+from sae_zoo.data.permutation import Permutation
+from sae_zoo.records import digest, write_json
+
+_BUFFER_BYTES = 1 << 27  # rows that wait in memory to be appended to their buckets: few opens, long writes
+_CHUNK_ROWS = 4096  # rows taken from a bucket at a time
+
+
+def estimated_bytes(splits: Mapping[str, int], *, d_in: int, dtype: str, rows_per_shard: int) -> int:
+    """Disk space that writing a cache takes at its peak: rows, token tables, one more shard.
+
+    Args:
+        splits: rows of each split.
+    """
+    row_bytes = d_in * DTYPES[dtype].itemsize
+    n_rows = sum(splits.values())
+    # A bucket has 16 bytes beside each row, a shard 12; a token table 4 a token, of which at worst half are special.
+    return n_rows * (row_bytes + 24) + min(n_rows, rows_per_shard) * (row_bytes + 12)
+
+
+def check_disk_space(root: Path | str, n_bytes: int) -> None:
+    """Refuse work that cannot be finished.
+
+    Raises:
+        ValueError: if fewer than ``n_bytes`` are free where ``root`` (an existing folder) is.
+    """
+    free = shutil.disk_usage(root).free
+    if free < n_bytes:
+        raise ValueError(f"the activation cache needs {n_bytes / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free in "
+                         f"{root}; free some, lower the number of tokens, choose a 16-bit dtype or another output_dir")
+
+
+class CacheWriter:
+    """Writes one cache; hold :func:`~sae_zoo.data.cache.cache_lock` meanwhile.
+
+    A context manager: left before :meth:`finish`, it removes what it has written.
+
+    Args:
+        root: the folder of all caches.
+        cache_id: from :func:`~sae_zoo.data.cache.make_cache_id` and the same ``identity``.
+        identity: everything that decides the bytes, as plain JSON values.
+        d_in: width of a row.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; rows are rounded to it.
+        splits: how many rows will be appended to each split.
+        rows_per_shard: rows of every shard but the last of a split.
+        seed: of the shuffle. Caches with equal ``splits`` and ``seed`` have the same tokens in the same rows.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+
+    def __init__(self, root: Path | str, cache_id: str, *, identity: Mapping[str, Any], d_in: int, dtype: str,
+                 splits: Mapping[str, int], rows_per_shard: int, seed: int):
+        if dtype not in DTYPES:
+            raise ValueError(f"cache dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+        if rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard is {rows_per_shard}; it must be at least 1")
+        if d_in < 1:
+            raise ValueError(f"d_in is {d_in}; it must be at least 1")
+        if tuple(splits) != SPLITS:
+            raise ValueError(f"splits of the cache are {', '.join(splits)}; they must be {', '.join(SPLITS)}")
+        for split, n_rows in splits.items():
+            if n_rows < 1:
+                raise ValueError(f"split {split!r} of the cache has {n_rows} rows; it needs at least 1: give more text")
+        identity = dict(identity)
+        if json.loads(json.dumps(identity, default=str)) != identity or not cache_id.endswith(digest(identity)):
+            raise ValueError(f"cache_id {cache_id!r} is not make_cache_id(...) of this identity in plain JSON values")
+        self.root, self.cache_id, self.identity = Path(root), cache_id, identity
+        self.d_in, self.dtype, self.splits, self.rows_per_shard = d_in, dtype, dict(splits), rows_per_shard
+        self._permutations = {split: Permutation(n, seed) for split, n in splits.items()}
+        self._n_appended = dict.fromkeys(splits, 0)
+        self._partial = self.root / f".{cache_id}.partial"
+        if self._partial.exists():  # a build that crashed
+            shutil.rmtree(self._partial)
+        (self._partial / "tokens").mkdir(parents=True)
+
+        self._shards: list[tuple[str, int, int]] = []  # of all splits: (split, number in it, rows)
+        self._first_shard: dict[str, int] = {}
+        for split, n_rows in splits.items():
+            (self._partial / split).mkdir()
+            self._first_shard[split] = len(self._shards)
+            self._shards += [(split, i, min(rows_per_shard, n_rows - i * rows_per_shard))
+                             for i in range(math.ceil(n_rows / rows_per_shard))]
+        row_bytes = d_in * DTYPES[dtype].itemsize
+        self._record = np.dtype([("slot", "<u4"), *((name, "<i4") for name in Origin._fields),
+                                 ("activations", "u1", (row_bytes,))])
+        buffer_rows = max(1, min(sum(splits.values()), _BUFFER_BYTES // self._record.itemsize))
+        self._waiting = np.empty(buffer_rows, self._record)
+        self._shard_of = np.empty(buffer_rows, np.int64)
+        self._n_waiting = 0
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+
+    def append(self, split: str, activations: Tensor, token_ids: Tensor, sequences: Tensor, positions: Tensor) -> None:
+        """Add rows in reading order.
+
+        Args:
+            activations: [n, d_in], any float type and device.
+            token_ids: [n], the token of each row.
+            sequences, positions: [n], row and column of the packed tokens where it stands.
+
+        Raises:
+            ValueError: if a row holds NaN or inf (the split and the first such row are named), if shapes are wrong, or
+                if these are more rows than were announced.
+        """
+        if split not in self.splits:
+            raise ValueError(f"split {split!r} was not announced; {', '.join(self.splits)} were")
+        n, first = len(activations), self._n_appended[split]
+        if activations.shape != (n, self.d_in):
+            raise ValueError(f"activations have shape {tuple(activations.shape)}; (n, d_in = {self.d_in}) is expected")
+        origin = Origin(token_ids, sequences, positions)
+        for name, values in zip(Origin._fields, origin):
+            if values.shape != (n,):
+                raise ValueError(f"{name} have shape {tuple(values.shape)}; ({n},) is expected, one for each row")
+        if first + n > self.splits[split]:
+            raise ValueError(f"split {split!r} gets row {first + n}, but {self.splits[split]} were announced")
+        stored = activations.detach().to("cpu", DTYPES[self.dtype]).contiguous()
+        bad = first_not_finite(stored)
+        if bad is not None:
+            reason = (f"is too large for {self.dtype}; choose bfloat16 or float32" if activations[bad].isfinite().all()
+                      else "holds NaN or inf; the language model's numbers are broken at this hook")
+            raise ValueError(f"activations of split {split!r}: row {first + bad} {reason}")
+        slots = self._permutations[split](np.arange(first, first + n))
+        raw = stored.view(torch.uint8).numpy()
+        columns = [values.cpu().numpy() for values in origin]
+        done = 0
+        while done < n:
+            take = min(n - done, len(self._waiting) - self._n_waiting)
+            source, target = slice(done, done + take), slice(self._n_waiting, self._n_waiting + take)
+            shard, slot = np.divmod(slots[source], self.rows_per_shard)
+            self._shard_of[target] = self._first_shard[split] + shard
+            self._waiting["slot"][target] = slot
+            self._waiting["activations"][target] = raw[source]
+            for name, column in zip(Origin._fields, columns):
+                self._waiting[name][target] = column[source]
+            self._n_waiting += take
+            done += take
+            if self._n_waiting == len(self._waiting):
+                self._flush()
+        self._n_appended[split] += n
+
+    def finish(self, packed: Mapping[str, PackedTokens], *, progress_bar: bool = False) -> Cache:
+        """Make the shards, publish the cache and open it. Keeps a finished cache that is there already.
+
+        Args:
+            packed: of every split, the tokens that the rows come from.
+
+        Raises:
+            ValueError: if rows are missing, or a row's token is not where it says.
+        """
+        for split, n_rows in self.splits.items():
+            if self._n_appended[split] != n_rows:
+                raise ValueError(f"split {split!r} got {self._n_appended[split]} of the {n_rows} rows announced")
+        self._flush()
+        largest = max(rows for _, _, rows in self._shards)
+        tensors = {"activations": torch.empty(largest, self.d_in, dtype=DTYPES[self.dtype]),
+                   **{name: torch.empty(largest, dtype=torch.int32) for name in Origin._fields}}
+        splits: dict[str, dict[str, Any]] = {
+            split: {
+                "n_rows": n_rows, "n_documents": packed[split].n_documents,
+                "n_special_tokens": packed[split].tokens.numel() - packed[split].n_tokens,
+                "tokens": {**self._write(f"tokens/{split}.safetensors", {"tokens": packed[split].tokens.contiguous()}),
+                           "context_size": packed[split].tokens.shape[1]},
+                "shards": [],
+            } for split, n_rows in self.splits.items()
+        }
+        squares = []
+        for i in tqdm(range(len(self._shards)), desc="shards", unit="shard", disable=not progress_bar):
+            split, number, rows = self._shards[i]
+            shard = {name: tensor[:rows] for name, tensor in tensors.items()}
+            self._fill(shard, i)
+            self._check_tokens(shard, split, packed[split].tokens)
+            if split == "train":
+                squares += [summed_squares(part) for part in shard["activations"].split(_CHUNK_ROWS)]
+            splits[split]["shards"].append(self._write(f"{split}/{number:05d}.safetensors", shard))
+            self._bucket(i).unlink()
+        manifest = {
+            "format_version": FORMAT_VERSION, "cache_id": self.cache_id, "identity": self.identity, "d_in": self.d_in,
+            "dtype": self.dtype, "rows_per_shard": self.rows_per_shard,
+            "mean_squared_norm": math.fsum(squares) / self.splits["train"],
+            "special_ids": list(packed["train"].special_ids), "splits": splits,
+        }
+        write_json(self._partial / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
+        return open_cache(self._publish())
+
+    def _bucket(self, shard: int) -> Path:
+        return self._partial / f"bucket{shard:05d}"
+
+    def _flush(self) -> None:
+        """Append the waiting rows to their buckets."""
+        shard_of = self._shard_of[: self._n_waiting]
+        order = np.argsort(shard_of)
+        shards, starts = np.unique(shard_of[order], return_index=True)
+        for shard, rows in zip(shards, np.split(order, starts[1:])):
+            with open(self._bucket(shard), "ab") as file:
+                self._waiting[rows].tofile(file)
+        self._n_waiting = 0
+
+    def _fill(self, shard: dict[str, Tensor], number: int) -> None:
+        """Place the rows of a bucket at their slots."""
+        arrays = {name: tensor.numpy() for name, tensor in shard.items() if name != "activations"}
+        arrays["activations"] = shard["activations"].view(torch.uint8).numpy()
+        n_left = len(shard["activations"])
+        with open(self._bucket(number), "rb") as file:
+            while n_left:
+                records = np.fromfile(file, self._record, min(n_left, _CHUNK_ROWS))
+                assert len(records), "a bucket is shorter than its shard"
+                for name, array in arrays.items():
+                    array[records["slot"]] = records[name]
+                n_left -= len(records)
+
+    def _check_tokens(self, shard: dict[str, Tensor], split: str, tokens: Tensor) -> None:
+        """Raise ValueError unless every row's token stands in ``tokens`` where the row says."""
+        sequences, positions = shard["sequences"].long(), shard["positions"].long()
+        inside = (sequences >= 0) & (sequences < tokens.shape[0]) & (positions >= 0) & (positions < tokens.shape[1])
+        if not inside.all() or not torch.equal(tokens[sequences, positions].int(), shard["token_ids"]):
+            raise ValueError(f"split {split!r}: a row's token is not where its sequence and position say; append the "
+                             "tokens that the activations were computed from")
+
+    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Write a file for good and return its entry in the manifest."""
+        path = self._partial / name
+        save_file(tensors, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": name, "rows": len(next(iter(tensors.values()))), "bytes": path.stat().st_size, "sha256": sha256}
+
+    def _publish(self) -> Path:
+        final = self.root / self.cache_id
+        for folder in (*(self._partial / name for name in ("tokens", *self.splits)), self._partial):
+            _sync_folder(folder)
+        try:
+            os.rename(self._partial, final)
+        except OSError:
+            if not (final / MANIFEST).exists():
+                raise
+            shutil.rmtree(self._partial)
+        _sync_folder(self.root)
+        return final
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

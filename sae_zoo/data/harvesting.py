@@ -1,0 +1,110 @@
+"""From a language model and a corpus to activation caches: one forward pass for all hook points, stopped at the last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
+from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
+from sae_zoo.data.corpus import SPLITS, Corpus, PackedTokens, pack
+from sae_zoo.lm.hooks import HookPoint, capture, hook_width
+from sae_zoo.lm.load import LoadedLM
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarvestSpec:
+    """What a cache is made of, beside the language model and the corpus.
+
+    Attributes:
+        context_size: tokens a row that the language model reads, BOS included.
+        n_tokens: non-special tokens of each split; a split with less text gives what it has.
+        dtype: of the stored activations.
+        rows_per_shard: activations a shard.
+        seed: of the shuffle.
+    """
+
+    context_size: int
+    n_tokens: Mapping[str, int]
+    dtype: str
+    rows_per_shard: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if set(self.n_tokens) != set(SPLITS):
+            raise ValueError(f"data.n_tokens has {', '.join(self.n_tokens)}; it needs exactly {', '.join(SPLITS)}")
+        for split, n in self.n_tokens.items():
+            if n < 1:
+                raise ValueError(f"data.n_tokens.{split} is {n}; it must be at least 1")
+
+
+def _identity(lm: LoadedLM, hook: HookPoint, corpus_fingerprint: str, spec: HarvestSpec) -> dict:
+    # The rows of a forward pass are left out on purpose: they change the activations by rounding only.
+    return {"format_version": FORMAT_VERSION, "lm": lm.fingerprint, "lm_dtype": str(lm.model.dtype),
+            "hook": asdict(hook), "corpus": corpus_fingerprint, **asdict(spec), "n_tokens": dict(spec.n_tokens)}
+
+
+def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corpus, spec: HarvestSpec, *,
+            root: Path | str, batch_size: int, progress_bar: bool = True) -> dict[str, Cache]:
+    """The caches of ``hooks`` below ``root``; those that are not there yet are made in one pass over the text.
+
+    Args:
+        batch_size: rows a forward pass.
+
+    Returns:
+        A cache for each hook point, by its name. Their rows are aligned: row i is the same token in all of them.
+
+    Raises:
+        ValueError: if the corpus is empty, the disk too small, a cache damaged, or an activation not finite.
+    """
+    root = Path(root)
+    fingerprint = corpus.fingerprint()
+    identities = {hook.name: _identity(lm, hook, fingerprint, spec) for hook in hooks}
+    ids = {name: make_cache_id(lm=lm_name, hook=name, identity=identity) for name, identity in identities.items()}
+    with ExitStack() as stack:
+        for cache_id in sorted(ids.values()):  # always in one order, so that two harvests cannot wait for each other
+            stack.enter_context(cache_lock(root, cache_id))
+        missing = [hook for hook in hooks if not (root / ids[hook.name] / MANIFEST).exists()]
+        made = {}
+        if missing:
+            packed = {split: pack(corpus.documents(split), lm.tokenizer, spec.context_size, spec.n_tokens[split])
+                      for split in SPLITS}
+            rows = {split: part.n_tokens for split, part in packed.items()}
+            widths = {hook.name: hook_width(lm.model, hook) for hook in missing}
+            n_bytes = sum(estimated_bytes(rows, d_in=d_in, dtype=spec.dtype, rows_per_shard=spec.rows_per_shard)
+                          for d_in in widths.values())
+            log.info("harvesting %s of %s: %s tokens, %.2f GB", ", ".join(widths), lm_name,
+                     " + ".join(f"{n:,} {split}" for split, n in rows.items()), n_bytes / 1e9)
+            check_disk_space(root, n_bytes)
+            writers = {
+                hook.name: stack.enter_context(CacheWriter(
+                    root, ids[hook.name], identity=identities[hook.name], d_in=widths[hook.name], dtype=spec.dtype,
+                    splits=rows, rows_per_shard=spec.rows_per_shard, seed=spec.seed))
+                for hook in missing
+            }
+            _run(lm, missing, packed, writers, batch_size, progress_bar)
+            made = {name: writer.finish(packed, progress_bar=progress_bar) for name, writer in writers.items()}
+        return {hook.name: made.get(hook.name) or open_cache(root / ids[hook.name]) for hook in hooks}
+
+
+def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTokens],
+         writers: Mapping[str, CacheWriter], batch_size: int, progress_bar: bool) -> None:
+    total = sum(part.n_tokens for part in packed.values())
+    with tqdm(total=total, desc="harvest", unit="token", unit_scale=True, disable=not progress_bar) as bar:
+        for split, part in packed.items():
+            keep = part.keep
+            for start in range(0, len(part.tokens), batch_size):
+                tokens, kept = part.tokens[start : start + batch_size], keep[start : start + batch_size]
+                sequences, positions = kept.nonzero(as_tuple=True)
+                for name, activations in capture(lm.model, hooks, tokens).items():
+                    writers[name].append(split, activations[kept.to(activations.device)], tokens[kept],
+                                         sequences + start, positions)
+                bar.update(len(sequences))

@@ -1,0 +1,42 @@
+"""The LightningDataModule that every SAE trains from, whatever the activations come from."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader
+
+from sae_zoo.data.activations import Activations, Batches
+
+# Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
+_VALIDATION_ROWS = 4096
+
+
+class ActivationData(pl.LightningDataModule):
+    """Seeded training batches and a fixed set of validation rows.
+
+    A resumed run reads on at the step where the trainer stands; every device reads its own slice of each global batch.
+
+    Args:
+        activations: a cache or a user's file.
+        batch_size: rows of a global batch.
+        n_steps: batches of the whole run.
+        seed: of the order.
+    """
+
+    def __init__(self, activations: Activations, *, batch_size: int, n_steps: int, seed: int):
+        super().__init__()
+        self.activations, self.batch_size, self.n_steps, self.seed = activations, batch_size, n_steps, seed
+
+    def batches(self, *, start: int = 0, rank: int = 0, world_size: int = 1) -> Batches:
+        """The training batches from step ``start`` on."""
+        return self.activations.batches("train", self.batch_size, n_batches=self.n_steps, seed=self.seed, start=start,
+                                        rank=rank, world_size=world_size)
+
+    def train_dataloader(self) -> Batches:
+        return self.batches(start=self.trainer.global_step, rank=self.trainer.global_rank,
+                            world_size=self.trainer.world_size)
+
+    def val_dataloader(self) -> DataLoader:
+        n_rows = min(_VALIDATION_ROWS, self.activations.n_rows("validation"))
+        rows = self.activations.rows("validation", 0, n_rows)
+        return DataLoader(rows, batch_size=min(self.batch_size, n_rows))

@@ -1,0 +1,61 @@
+"""``python -m sae_zoo.evaluate run=outputs/runs/<sweep>/<job>``: score a finished run again, beside two sanity rows.
+
+The mean predictor has FVU 1 and the identity 0; what they cost the language model shows what a delta LM loss means.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from sae_zoo.config import device_of, run_entry_point
+from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_reconstruction, score_sae
+from sae_zoo.saes.io import load_sae
+from sae_zoo.source import open_source
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(cfg: DictConfig) -> pd.DataFrame:
+    """One row each for the SAE, the mean predictor and the identity."""
+    run_dir, device = Path(cfg.run), device_of(cfg.accelerator)
+    sae = load_sae(run_dir).to(device)
+    source = open_source(OmegaConf.load(run_dir / "config.yaml"), device, progress_bar=cfg.progress_bar)
+    activations = source.activations
+
+    def rows():
+        return held_out_rows(activations, cfg.split, cfg.n_rows, device=device, progress_bar=cfg.progress_bar)
+
+    n_mean = min(cfg.n_rows, activations.n_rows("train"))
+    mean = activations.rows("train", 0, n_mean).double().mean(0).float().to(device)
+    reconstructions: dict[str, Callable[[Tensor], Tensor]] = {
+        sae.variant: sae.reconstruct, "mean predictor": lambda x: mean.expand_as(x), "identity": lambda x: x}
+    table = {}
+    for name, reconstruct in reconstructions.items():
+        scores = score_reconstruction(reconstruct, rows())
+        row = {"l0": score_sae(sae, rows())[0]["l0"] if name == sae.variant else None, "fvu": scores.fvu,
+               "mse": scores.mse, "cosine": scores.cosine}
+        if source.lm is not None:
+            in_lm = score_in_lm(reconstruct, source.lm, source.hook, activations.tokens(cfg.split),
+                                activations.manifest["special_ids"], n_tokens=cfg.n_lm_tokens,
+                                batch_size=OmegaConf.load(run_dir / "config.yaml").lm.batch_size,
+                                progress_bar=cfg.progress_bar)
+            row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}
+        table[name] = row
+    frame = pd.DataFrame.from_dict(table, orient="index")
+    log.info("%s\n%s", run_dir, frame.to_string(float_format=lambda v: f"{v:.4g}", na_rep="-"))
+    return frame
+
+
+def main() -> None:
+    run_entry_point(evaluate, "evaluate")
+
+
+if __name__ == "__main__":
+    main()

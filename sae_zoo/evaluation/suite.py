@@ -1,0 +1,72 @@
+"""Everything that is measured of a finished SAE, on held-out activations and in the language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sae_zoo.evaluation.latents import LatentCounts
+from sae_zoo.evaluation.lm_loss import lm_metrics
+from sae_zoo.evaluation.reconstruction import Reconstruction, ReconstructionSums
+from sae_zoo.functional.sparse_code import SparseCode
+from sae_zoo.lm.hooks import HookPoint
+from sae_zoo.lm.load import LoadedLM
+
+_ROWS_AT_ONCE = 4096
+
+
+class EncodesAndDecodes(Protocol):
+    """An SAE, as far as scoring needs it: raw activations in, raw reconstruction out."""
+
+    d_sae: int
+
+    def encode_sparse(self, x: Tensor) -> SparseCode: ...
+
+    def decode(self, latents: SparseCode) -> Tensor: ...
+
+
+def held_out_rows(activations: Any, split: str, n_rows: int, *, device: torch.device,
+                  progress_bar: bool) -> Iterable[Tensor]:
+    """The first ``n_rows`` of a split (all of it, if it has fewer), in pieces, on ``device``."""
+    n_rows = min(n_rows, activations.n_rows(split))
+    for start in tqdm(range(0, n_rows, _ROWS_AT_ONCE), desc="held-out rows", disable=not progress_bar, leave=False):
+        yield activations.rows(split, start, min(n_rows, start + _ROWS_AT_ONCE)).to(device)
+
+
+def score_sae(sae: EncodesAndDecodes, rows: Iterable[Tensor]) -> tuple[dict[str, Any], LatentCounts]:
+    """L0, use of latents and reconstruction over ``rows`` (pieces of [n, d_in])."""
+    sums, counts = ReconstructionSums(), LatentCounts(sae.d_sae)
+    for x in rows:
+        code = sae.encode_sparse(x)
+        counts.add(code)
+        sums.add(x, sae.decode(code))
+    result = asdict(sums.result())
+    return {**counts.summary(), **result, "n_eval_tokens": result.pop("n_rows")}, counts
+
+
+def score_reconstruction(reconstruct: Callable[[Tensor], Tensor], rows: Iterable[Tensor]) -> Reconstruction:
+    """Reconstruction metrics of any function of activations."""
+    sums = ReconstructionSums()
+    for x in rows:
+        sums.add(x, reconstruct(x))
+    return sums.result()
+
+
+def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: HookPoint, tokens: Tensor,
+                special_ids: Iterable[int], *, n_tokens: int, batch_size: int, progress_bar: bool) -> dict[str, Any]:
+    """LM metrics with reconstructions spliced in, over the first ``n_tokens`` (about: whole rows) of packed ``tokens``.
+
+    Args:
+        tokens: [n_rows, context] int.
+        special_ids: token ids that are neither data points nor targets.
+    """
+    tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
+    keep = ~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))
+    result = asdict(lm_metrics(lm.model, hook, tokens, keep, reconstruct, batch_size=batch_size,
+                               progress_bar=progress_bar))
+    return {**result, "n_lm_targets": result.pop("n_targets")}

@@ -1,0 +1,50 @@
+"""Where a run's activations come from: a cache (harvested if it is missing) with its language model, or a user's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from sae_zoo.config import build_corpus, build_file_activations, build_harvest_spec, build_lm
+from sae_zoo.data.activations import Activations
+from sae_zoo.data.cache import Cache
+from sae_zoo.data.harvesting import harvest
+from sae_zoo.lm.hooks import HookPoint, resolve_hook
+from sae_zoo.lm.load import LoadedLM
+
+
+@dataclass(frozen=True)
+class Source:
+    """Activations and, where they were harvested from one, the language model and the hook point in it."""
+
+    activations: Activations
+    lm: LoadedLM | None
+    hook: HookPoint | None
+
+    @property
+    def cache_id(self) -> str | None:
+        return self.activations.cache_id if isinstance(self.activations, Cache) else None
+
+
+def harvest_caches(cfg: DictConfig, lm: LoadedLM, hooks: list[HookPoint], *, progress_bar: bool) -> dict[str, Cache]:
+    """Caches of ``hooks`` below ``output_dir``, made where they are missing."""
+    return harvest(lm, cfg.lm.name, hooks, build_corpus(cfg.corpus), build_harvest_spec(cfg),
+                   root=Path(cfg.output_dir) / "cache", batch_size=cfg.lm.batch_size, progress_bar=progress_bar)
+
+
+def open_source(cfg: DictConfig, device: torch.device, *, progress_bar: bool) -> Source:
+    """The activations that a ``train.yaml`` asks for.
+
+    Raises:
+        ValueError: in one line, for whatever is wrong with them.
+    """
+    if cfg.data.name == "file":
+        return Source(build_file_activations(cfg.data), None, None)
+    if cfg.data.name != "cache":
+        raise ValueError(f"data.name is {cfg.data.name!r}; choose cache or file")
+    lm = build_lm(cfg.lm, device)
+    hook = resolve_hook(lm.model, cfg.lm.sites, cfg.hook.layer, cfg.hook.site)
+    return Source(harvest_caches(cfg, lm, [hook], progress_bar=progress_bar)[hook.name], lm, hook)

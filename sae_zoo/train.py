@@ -1,0 +1,201 @@
+"""``python -m sae_zoo.train``: train and evaluate one SAE; with ``-m`` a sweep, which ends with its frontier.
+
+A job has a folder of its own, ``outputs/runs/<sweep>/<job>/``, that depends on its config alone. Giving the same command
+again skips what is finished, and goes on with what is not from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from sae_zoo.config import build_sae, config_hash, device_of, one_line, run_entry_point
+from sae_zoo.data.module import ActivationData
+from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_sae
+from sae_zoo.records import FAILED, FINISHED, RECORD, read_record, versions, write_record
+from sae_zoo.saes import SAE
+from sae_zoo.saes.io import save_sae
+from sae_zoo.source import Source, open_source
+
+log = logging.getLogger(__name__)
+
+# A run whose held-out L0 is further from its target than this share of it says so.
+L0_TOLERANCE = 0.05
+# Training rows that a data-dependent start looks at.
+_START_ROWS = 8192
+
+
+def _logger(cfg: DictConfig, run_dir: Path) -> list:
+    loggers = [pl.loggers.CSVLogger(run_dir, name="metrics")]
+    if cfg.logger.name == "wandb":
+        from pytorch_lightning.loggers import WandbLogger  # only where it was asked for
+
+        loggers.append(WandbLogger(project=cfg.logger.project, name=run_dir.name, group=run_dir.parent.name,
+                                   save_dir=run_dir, config=OmegaConf.to_container(cfg, resolve=True)))
+    elif cfg.logger.name != "csv":
+        raise ValueError(f"logger.name is {cfg.logger.name!r}; choose csv or wandb")
+    return loggers
+
+
+def fit(cfg: DictConfig, source: Source, run_dir: Path) -> SAE:
+    """Train the SAE of ``cfg`` on ``source``, from the last checkpoint in ``run_dir`` if there is one."""
+    activations = source.activations
+    sae = build_sae(cfg, d_in=activations.d_in, input_scale=activations.mean_squared_norm**0.5)
+    data = ActivationData(activations, batch_size=sae.recipe.batch_size, n_steps=sae.recipe.n_steps, seed=cfg.seed)
+    checkpoint = run_dir / "checkpoints" / "last.ckpt"
+    trainer_cfg = cfg.trainer
+    if checkpoint.exists():
+        log.info("going on from %s", checkpoint)
+    else:
+        n_rows = min(_START_ROWS, activations.n_rows("train"))
+        sae.initialise(activations.rows("train", 0, n_rows))
+    callbacks: list[pl.Callback] = [ModelCheckpoint(
+        checkpoint.parent, save_top_k=0, save_last=True, every_n_train_steps=trainer_cfg.checkpoint_every)]
+    if trainer_cfg.progress_bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=20))
+    trainer = pl.Trainer(
+        max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
+        precision=trainer_cfg.precision, logger=_logger(cfg, run_dir), log_every_n_steps=trainer_cfg.log_every_n_steps,
+        val_check_interval=min(trainer_cfg.validation_every, sae.recipe.n_steps), num_sanity_val_steps=0,
+        default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=trainer_cfg.progress_bar,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )
+    trainer.fit(sae, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    return sae.eval().requires_grad_(False)
+
+
+def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> dict[str, Any]:
+    """Held-out metrics of ``sae``; writes ``latents.csv``. LM metrics are None where there is no language model."""
+    device = device_of(cfg.trainer.accelerator)
+    sae.to(device)
+    show = cfg.trainer.progress_bar
+    rows = held_out_rows(source.activations, "test", cfg.evaluation.n_rows, device=device, progress_bar=show)
+    metrics, counts = score_sae(sae, rows)
+    counts.write_csv(run_dir / "latents.csv")
+    lm_keys = ("ce_clean", "ce_spliced", "ce_ablated", "delta_lm_loss", "loss_recovered", "kl", "n_lm_targets")
+    if source.lm is None:
+        return {**metrics, **dict.fromkeys(lm_keys)}
+    cache = source.activations
+    in_lm = score_in_lm(sae.reconstruct, source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"],
+                        n_tokens=cfg.evaluation.n_lm_tokens, batch_size=cfg.lm.batch_size, progress_bar=show)
+    return {**metrics, **{key: in_lm[key] for key in lm_keys}}
+
+
+def _identity(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """What a record says of a run before anything was measured."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    with_lm = cfg.data.name == "cache"
+    return {
+        "status": FAILED, "error": "interrupted", "variant": cfg.sae.variant, "label": cfg.sae.name, "l0_target": cfg.l0_target,
+        "sparsity_coefficient": cfg.sae.get("sparsity_coefficient"), "seed": cfg.seed,
+        "lm": cfg.lm.name if with_lm else None, "hook": f"{cfg.hook.site}.{cfg.hook.layer}" if with_lm else None,
+        "d_sae": cfg.d_sae, "n_steps": cfg.recipe.n_steps, "batch_size": cfg.recipe.batch_size,
+        "n_tokens": cfg.recipe.n_steps * cfg.recipe.batch_size, "config_hash": config_hash(resolved),
+        "versions": versions(),
+    }
+
+
+def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """One job from config to record; returns the record.
+
+    Raises:
+        ValueError: if the folder holds a run of another config, or for whatever is wrong with the config or the data;
+            the record then says ``failed``.
+    """
+    record = _identity(cfg, run_dir)
+    old = read_record(run_dir)
+    if old is not None and old["config_hash"] != record["config_hash"]:
+        raise ValueError(f"{run_dir} holds a run of another config (hash {old['config_hash']}, this one has "
+                         f"{record['config_hash']}); choose another sweep=..., or delete that folder")
+    if old is not None and old["status"] == FINISHED:
+        log.info("%s is finished; skipped", run_dir)
+        return old
+    config_file = run_dir / "config.yaml"
+    if old is None and config_file.exists() and config_hash(OmegaConf.load(config_file)) != record["config_hash"]:
+        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # of an interrupted run of another config
+    OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
+    started = time.time()
+    try:
+        source = open_source(cfg, device_of(cfg.trainer.accelerator), progress_bar=cfg.trainer.progress_bar)
+        record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
+        fit_started = time.time()
+        sae = fit(cfg, source, run_dir)
+        record["seconds_training"] = round(time.time() - fit_started, 1)
+        metrics = evaluate_sae(cfg, sae, source, run_dir)
+        record |= metrics
+        record["coefficient"] = sae.coefficient
+        missed = None
+        if cfg.l0_target is not None and record["sparsity_coefficient"] is None:
+            missed = abs(record["l0"] / cfg.l0_target - 1) > L0_TOLERANCE
+            if missed:
+                log.warning("L0 target missed: %.1f measured on held-out tokens, %g asked for", record["l0"],
+                            cfg.l0_target)
+        record["l0_missed"] = missed
+        keys = ("lm", "hook", "cache_id", "l0_target", "l0", "fvu", "seed", "config_hash")
+        save_sae(sae, run_dir, about={key: record[key] for key in keys})
+        record |= {"status": FINISHED, "error": None, "seconds": round(time.time() - started, 1)}
+    except Exception as error:
+        record |= {"error": one_line(error), "traceback": traceback.format_exc(),
+                   "seconds": round(time.time() - started, 1)}
+        raise
+    finally:
+        write_record(run_dir, record)
+    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # the finished SAE stands beside the record
+    return record
+
+
+# The folders of the jobs of this sweep, in order; its frontier is drawn from them when it ends.
+_swept: list[Path] = []
+
+
+def _task(cfg: DictConfig) -> None:
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode == RunMode.RUN:
+        _report(run_job(cfg, run_dir), run_dir)
+        return
+    _swept.append(run_dir)
+    try:
+        run_job(cfg, run_dir)
+    except Exception as error:
+        log.error("job failed: %s", one_line(error))  # now; Hydra speaks of it only when the sweep has ended
+        raise
+
+
+def _report(record: dict[str, Any], run_dir: Path) -> None:
+    shown = ("l0_target", "l0", "fvu", "delta_lm_loss", "loss_recovered", "relative_reconstruction_bias",
+             "dead_fraction", "seconds")
+    for key in shown:
+        if record.get(key) is not None:
+            log.info("%-28s %.4g", key, record[key])
+    log.info("written to %s", run_dir)
+
+
+def _report_sweep() -> None:
+    from analysis.frontier import draw_frontier  # matplotlib and pandas, needed only here
+
+    if not any((run_dir / RECORD).exists() for run_dir in _swept):
+        return
+    result = draw_frontier(_swept, output=_swept[0].parent)
+    print(f"\n{result.text}\n\n{result.png}")
+
+
+def main() -> None:
+    try:
+        run_entry_point(_task, "train")
+    finally:
+        if _swept:
+            _report_sweep()
+
+
+if __name__ == "__main__":
+    main()

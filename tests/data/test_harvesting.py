@@ -1,0 +1,97 @@
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from sae_zoo.data.corpus import TextFilesCorpus
+from sae_zoo.data.harvesting import HarvestSpec, harvest
+from sae_zoo.lm.hooks import resolve_hook
+from sae_zoo.lm.load import load_lm
+from sae_zoo.lm.pretraining import train_tokenizer
+
+SPEC = {"context_size": 16, "n_tokens": {"train": 700, "validation": 60, "test": 60}, "dtype": "float32",
+        "rows_per_shard": 128, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(f"word{(i * j) % 17} is {j}" for j in range(12)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lm(text, tmp_path_factory):
+    """A tiny Gemma 2: the module tree of the 9B model, its heads together wider than the stream."""
+    folder = tmp_path_factory.mktemp("lm")
+    tokenizer = train_tokenizer((f.read_text() for f in sorted(text.iterdir())), 300, 16)
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, max_position_embeddings=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return load_lm(str(folder))
+
+
+@pytest.fixture(scope="module")
+def caches(lm, text, tmp_path_factory):
+    hooks = [resolve_hook(lm.model, "auto", layer, site) for layer, site in ((1, "residual"), (1, "attention"), (2, "mlp"))]
+    root = tmp_path_factory.mktemp("cache")
+    corpus = TextFilesCorpus(paths=str(text))
+    return hooks, root, corpus, harvest(lm, "tiny", hooks, corpus, HarvestSpec(**SPEC), root=root, batch_size=4,
+                                        progress_bar=False)
+
+
+def test_every_row_is_the_activation_at_its_token(lm, caches):
+    cache = caches[3]["residual.1"]
+    for split in ("train", "validation", "test"):
+        tokens, n = cache.tokens(split), cache.n_rows(split)
+        assert n == min(SPEC["n_tokens"][split], n)
+        states = lm.model(tokens.long(), output_hidden_states=True).hidden_states[2]
+        origin = cache.origin(split, 0, n)
+        torch.testing.assert_close(cache.rows(split, 0, n), states[origin.sequences.long(), origin.positions.long()],
+                                   rtol=1e-4, atol=1e-5)
+
+
+def test_special_tokens_are_never_rows_and_are_counted(caches):
+    cache = caches[3]["residual.1"]
+    special = set(cache.manifest["special_ids"])
+    assert special == {0, 1, 2}
+    for split in ("train", "test"):
+        assert not special & set(cache.origin(split, 0, cache.n_rows(split)).token_ids.tolist())
+        table = cache.tokens(split)
+        assert cache.manifest["splits"][split]["n_special_tokens"] == table.numel() - cache.n_rows(split) > 0
+
+
+def test_hook_points_of_one_pass_have_their_widths_and_the_same_rows(caches):
+    widths = {name: cache.d_in for name, cache in caches[3].items()}
+    assert widths == {"residual.1": 24, "attention.1": 32, "mlp.2": 24}
+    a, b = (caches[3][name].origin("train", 0, 200) for name in ("residual.1", "mlp.2"))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_finished_cache_is_not_harvested_again(lm, caches, monkeypatch):
+    hooks, root, corpus, made = caches
+    monkeypatch.setattr("sae_zoo.data.harvesting.capture", None)
+    again = harvest(lm, "tiny", hooks[:2], corpus, HarvestSpec(**SPEC), root=root, batch_size=4, progress_bar=False)
+    assert again["attention.1"].path == made["attention.1"].path
+
+
+def test_what_decides_the_bytes_decides_the_name(lm, caches, text):
+    hooks, root, corpus, made = caches
+    other = harvest(lm, "tiny", hooks[:1], corpus, HarvestSpec(**SPEC | {"context_size": 12}), root=root, batch_size=4,
+                    progress_bar=False)
+    assert other["residual.1"].cache_id != made["residual.1"].cache_id
+
+
+def test_too_small_a_disk_is_said_before_the_work(lm, caches, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("sae_zoo.data.harvesting.CacheWriter", None)
+    with pytest.raises(ValueError, match=r"needs 0\.00 GB, but only 0\.00 GB are free"):
+        harvest(lm, "tiny", caches[0][:1], caches[2], HarvestSpec(**SPEC), root=tmp_path, batch_size=4, progress_bar=False)
+
+
+def test_bad_splits():
+    with pytest.raises(ValueError, match="data.n_tokens has train; it needs exactly train, validation, test"):
+        HarvestSpec(**SPEC | {"n_tokens": {"train": 5}})

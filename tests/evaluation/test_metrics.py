@@ -1,0 +1,68 @@
+import csv
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_zoo.evaluation.latents import LatentCounts
+from sae_zoo.evaluation.reconstruction import ReconstructionSums
+from sae_zoo.functional.sparse_code import SparseCode
+
+
+def brute_force(x, x_hat):
+    x, x_hat = x.double().numpy(), x_hat.double().numpy()
+    error = ((x - x_hat) ** 2).sum()
+    cosine = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(x, x_hat, strict=True)]
+    return {
+        "mse": error / x.size, "fvu": error / ((x - x.mean(0)) ** 2).sum(), "cosine": np.mean(cosine),
+        "relative_reconstruction_bias": (x_hat**2).sum(1).mean() / (x_hat * x).sum(1).mean(),
+    }
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(2, 40), st.integers(1, 5), st.floats(0, 1e4), st.integers(1, 50), st.integers(0, 10**6),
+       st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_against_brute_force_at_any_mean_chunking_and_dtype(n, d, mean, chunk, seed, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    x = (torch.randn(n, d, generator=generator) + mean).to(dtype)
+    x_hat = (x.double() + 0.3 * torch.randn(n, d, generator=generator)).to(dtype)
+    if (x.double() - x.double().mean(0)).square().sum() == 0:
+        return
+    sums = ReconstructionSums()
+    for a, b in zip(x.split(chunk), x_hat.split(chunk), strict=True):
+        sums.add(a, b)
+    result = sums.result()
+    for key, value in brute_force(x, x_hat).items():
+        assert getattr(result, key) == pytest.approx(value, rel=1e-6), key
+
+
+def test_anchors(generator):
+    x = torch.randn(1000, 5, generator=generator) + torch.tensor([1e4, 0, 0, -50, 3])
+    for x_hat, fvu in ((x.double().mean(0).expand_as(x), 1.0), (x, 0.0)):
+        sums = ReconstructionSums()
+        sums.add(x, x_hat)
+        assert sums.result().fvu == pytest.approx(fvu, abs=1e-9)
+    shrunk = ReconstructionSums()
+    shrunk.add(x, 0.8 * x)
+    assert shrunk.result().relative_reconstruction_bias == pytest.approx(0.8)
+
+
+def test_nothing_is_not_a_number_but_an_error():
+    with pytest.raises(ValueError, match="no row was added"):
+        ReconstructionSums().result()
+
+
+def test_latents_by_hand(tmp_path):
+    counts = LatentCounts(4)
+    # An entry of the active set that is zero (inside a threshold's window) has not fired.
+    dense = torch.tensor([[0.0, 2.0, 0, 0], [0.0, 4.0, 0, 1.0]])
+    code = SparseCode.from_dense(dense + torch.tensor([[0, 0, 1e-9, 0]]))
+    counts.add(SparseCode(code.active, torch.where(code.values < 1e-6, 0.0, code.values)))
+    counts.add(SparseCode.from_dense(torch.zeros(6, 4)))
+    assert counts.frequency.tolist() == [0, 0.25, 0, 0.125]
+    assert counts.summary() == {"l0": 3 / 8, "dead_fraction": 0.5, "fraction_above_1pct": 0.5, "fraction_above_10pct": 0.5}
+    counts.write_csv(tmp_path / "latents.csv")
+    rows = list(csv.DictReader(open(tmp_path / "latents.csv")))
+    assert rows[1] == {"latent": "1", "frequency": "0.25", "mean_active_value": "3", "max_value": "4"}

@@ -1,0 +1,134 @@
+"""What every SAE must do. The cases are the files of conf/sae: a new variant is tested by being there."""
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from sae_zoo.config import CONFIG_DIR, build_sae
+from sae_zoo.saes import variants
+from sae_zoo.saes.base import Step
+from sae_zoo.saes.io import folded_weights, load_sae, save_sae
+
+D_IN, D_SAE, BATCH, TARGET = 12, 60, 200, 5
+CASES = {path.stem: () for path in sorted((CONFIG_DIR / "sae").glob("*.yaml"))}
+CASES |= {
+    "relu norm_weighted": ("sae.form=norm_weighted",),
+    "jumprelu raw gaussian": ("sae.threshold_as=raw", "sae.kernel=gaussian", "sae.bandwidth=0.02"),
+    "jumprelu ste": ("sae.ste_into_pre_acts=true", "sae.bandwidth=0.1"),
+    "jumprelu target": ("sae.sparsity_loss=l0_target", "sae.sparsity_coefficient=0.1", "sae.bandwidth=0.1"),
+    "jumprelu gemma scope 2": ("sae.sparsity_loss=l0_target_gemma_scope_2", "sae.sparsity_coefficient=0.1"),
+}
+
+
+def activations():
+    generator = torch.Generator().manual_seed(1)
+    return 3 * torch.randn(BATCH, D_IN, generator=generator) @ torch.randn(D_IN, D_IN, generator=generator) + 5
+
+
+def config(name, *overrides):
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return compose("train", [f"sae={name}", f"d_sae={D_SAE}", f"l0_target={TARGET}", *overrides])
+
+
+@pytest.fixture(params=CASES)
+def sae(request):
+    x = activations()
+    sae = build_sae(config(request.param.split()[0], *CASES[request.param]), d_in=D_IN,
+                    input_scale=float(x.square().sum(1).mean().sqrt()))
+    sae.initialise(x)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():  # away from the start, where ties could hide a transposed or missing term
+        for parameter in sae.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        sae.tokens_since_fired[::4] = 10**9  # some dead latents, for losses about them
+    return sae
+
+
+def test_every_variant_has_a_config():
+    assert {config(path.stem).sae.variant for path in (CONFIG_DIR / "sae").glob("*.yaml")} == set(variants())
+
+
+def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae):
+    raw = activations()
+    x = raw / sae.input_scale
+
+    # The oracle: nothing but tensor operations on everything.
+    pre_acts = (x - sae.b_dec) @ sae.W_enc + getattr(sae, sae.encoder_bias)
+    latents = sae.latents(pre_acts, None)
+    x_hat = latents @ sae.W_dec + sae.b_dec
+    terms = sae.penalty(Step(x, pre_acts, latents, None, x_hat))
+    oracle = (x - x_hat).square().sum() / len(x) + sum(terms.values())
+    oracle.backward()
+    expected = {name: p.grad for name, p in sae.named_parameters()}
+    assert all(g is not None and g.abs().sum() > 0 for g in expected.values())
+
+    for sparse in (True, False):
+        sae.zero_grad()
+        loss = sae.loss(raw, sparse=sparse)
+        loss.total.backward()
+        assert loss.total.item() == pytest.approx(oracle.item(), rel=1e-5)
+        for name, p in sae.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item(),
+                                       msg=lambda m, name=name, sparse=sparse: f"{name}, sparse={sparse}: {m}")
+
+
+def test_dense_and_sparse_encoders_agree(sae):
+    x = activations()
+    torch.testing.assert_close(sae.encode_sparse(x).to_dense(), sae.encode(x))
+    torch.testing.assert_close(sae.reconstruct(x), sae(x).x_hat)
+    assert (sae.encode(x) >= 0).all()
+
+
+def test_the_measured_density_is_that_of_the_active_set(sae):
+    x = activations()
+    sae._count(sae.run(x / sae.input_scale, sparse=False))
+    dense = float(sae.density)
+    sae._count(sae.run(x / sae.input_scale, sparse=True))
+    assert dense == pytest.approx(float(sae.density))
+
+
+def test_counters(sae):
+    raw = activations()
+    sae.tokens_since_fired.fill_(7)
+    step = sae.loss(raw).step
+    l0 = sae._count(step)
+    dense = sae.encode(raw)
+    assert l0 == pytest.approx((dense > 0).sum().item() / BATCH)
+    assert torch.equal(sae.tokens_since_fired, torch.where((dense > 0).any(0), 0, 7 + BATCH))
+
+
+def test_saved_and_loaded_it_means_the_same_on_raw_activations(sae, tmp_path):
+    x = activations()
+    save_sae(sae, tmp_path, about={"lm": "none"})
+    loaded = load_sae(tmp_path)
+    torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x).x_hat, sae(x).x_hat, rtol=1e-4, atol=1e-4)
+    assert loaded.input_scale == 1 and not loaded.subtract_b_dec and not loaded.training
+    again = folded_weights(loaded)  # folding what is folded changes nothing
+    for name, weight in folded_weights(sae).items():
+        torch.testing.assert_close(again[name], weight)
+
+
+def test_start_is_near_its_l0(sae):
+    fresh = build_sae(config(sae.variant), d_in=D_IN, input_scale=float(sae.input_scale))
+    fresh.initialise(activations())
+    l0 = (fresh.encode(activations()) > 0).sum().item() / BATCH
+    expected = TARGET if sae.variant == "topk" else min(D_SAE / 2, fresh.recipe.l0_start * TARGET)
+    assert l0 == pytest.approx(expected, rel=0.3)
+
+
+def test_weights_are_a_function_of_the_seed(sae):
+    build = [build_sae(config(sae.variant, f"seed={s}"), d_in=D_IN, input_scale=1.0).W_enc for s in (0, 0, 1)]
+    assert torch.equal(build[0], build[1]) and not torch.equal(build[0], build[2])
+
+
+def test_wrong_width_is_one_clear_error(sae):
+    with pytest.raises(ValueError, match=rf"x has shape \[3, {D_IN + 1}\]; expected \[batch, d_in = {D_IN}\]"):
+        sae(torch.zeros(3, D_IN + 1))
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "topk", "relu", "gated"])
+@pytest.mark.parametrize("target", [0, -3, D_SAE + 1])
+def test_bad_targets(name, target):
+    with pytest.raises(ValueError, match=f"l0_target is {target}.*{D_SAE}"):
+        build_sae(config(name, f"l0_target={target}"), d_in=D_IN, input_scale=1.0)

@@ -1,0 +1,152 @@
+"""Each variant's loss, written out by hand from the papers on a case small enough to follow."""
+
+import pytest
+import torch
+
+from sae_zoo.saes import variant_class
+from sae_zoo.saes.io import load_sae
+from sae_zoo.training.recipe import Recipe
+
+
+def recipe(**changes):
+    values = {
+        "n_steps": 100, "batch_size": 8, "lr": 1e-3, "threshold_lr": 1e-3, "beta1": 0.0, "beta2": 0.999, "adam_eps": 1e-8,
+        "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
+        "b_dec_start": "zero", "l0_start": None, "target_start_factor": 1.0, "target_anneal_fraction": 0.0,
+        "control_proportional": 0.1, "control_integral": 0.01, "dead_after_tokens": 100,
+    }
+    return Recipe(**values | changes)
+
+
+def make(variant, d_in=4, d_sae=6, seed=3, **options):
+    options = {"l0_target": 2, "recipe": recipe()} | options
+    sae = variant_class(variant)(d_in=d_in, d_sae=d_sae, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        sae.b_dec.normal_(generator=generator).mul_(0.3)
+        getattr(sae, sae.encoder_bias).normal_(generator=generator).mul_(0.2)
+    return sae, torch.randn(8, d_in, generator=generator)
+
+
+def pre_activations(sae, x):
+    return (x - sae.b_dec) @ sae.W_enc + getattr(sae, sae.encoder_bias)
+
+
+def sse(x, x_hat):
+    return ((x - x_hat) ** 2).sum(1).mean()
+
+
+def test_sum_over_dimensions_mean_over_batch():
+    sae, x = make("relu", sparsity_coefficient=0.0)
+    f = pre_activations(sae, x).clamp_min(0)
+    assert sae.loss(x).total.item() == pytest.approx(sse(x, f @ sae.W_dec + sae.b_dec).item())
+
+
+def test_relu_l1_and_decoder_norm_weighted():
+    for form in ("l1", "norm_weighted"):
+        sae, x = make("relu", sparsity_coefficient=0.7, form=form)
+        with torch.no_grad():
+            sae.W_dec.mul_(torch.arange(1.0, 7.0)[:, None])
+        f = pre_activations(sae, x).clamp_min(0)
+        norms = sae.W_dec.norm(dim=1) if form == "norm_weighted" else torch.ones(6)
+        assert sae.loss(x).terms["sparsity"].item() == pytest.approx(0.7 * (f * norms).sum(1).mean().item())
+
+
+def test_topk_keeps_the_k_largest_and_cuts_negative_ones():
+    sae, x = make("topk", l0_target=5)
+    pre = pre_activations(sae, x)
+    for row, latents in zip(pre, sae.encode(x), strict=True):
+        kept = sorted(row.tolist(), reverse=True)[:5]
+        assert sorted(latents[latents > 0].tolist()) == pytest.approx(sorted(v for v in kept if v > 0))
+    assert (pre.sort(1, descending=True).values[:, 4] < 0).any(), "no row where the ReLU matters"
+
+
+def test_auxk_reconstructs_the_residual_with_dead_latents_and_without_the_bias():
+    sae, x = make("topk", auxk_coefficient=0.5)
+    assert "auxk" not in sae.loss(x).terms
+    sae.tokens_since_fired[[0, 3, 4]] = 100
+    loss = sae.loss(x)
+    pre = pre_activations(sae, x)
+    residual = (x - loss.step.x_hat).detach()
+    e_hat = torch.zeros_like(x)
+    for b in range(len(x)):
+        best = sorted([0, 3, 4], key=lambda i: -pre[b, i].item())[:2]  # k_aux = d_in / 2
+        for i in best:
+            e_hat[b] += max(pre[b, i].item(), 0) * sae.W_dec[i].detach()
+    expected = 0.5 * ((residual - e_hat) ** 2).sum() / (residual**2).sum()
+    assert loss.terms["auxk"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["original", "ri_l1"])
+def test_gated(form):
+    sae, x = make("gated", sparsity_coefficient=0.3, form=form)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        sae.b_mag.normal_(generator=generator)
+        sae.r_mag.normal_(generator=generator)
+        sae.W_dec.mul_(torch.arange(1.0, 7.0)[:, None])
+    pi_gate = pre_activations(sae, x)
+    W_mag = sae.W_enc * sae.r_mag.exp()  # the tie, row by row of W_gate
+    f = (pi_gate > 0) * ((x - sae.b_dec) @ W_mag + sae.b_mag).clamp_min(0)
+    gate = pi_gate.clamp_min(0)
+    norms = sae.W_dec.norm(dim=1) if form == "ri_l1" else torch.ones(6)
+    loss = sae.loss(x)
+    assert loss.terms["reconstruction"].item() == pytest.approx(sse(x, f @ sae.W_dec + sae.b_dec).item(), rel=1e-5)
+    assert loss.terms["sparsity"].item() == pytest.approx(0.3 * (gate * norms).sum(1).mean().item(), rel=1e-5)
+    assert loss.terms["auxiliary"].item() == pytest.approx(sse(x, gate @ sae.W_dec + sae.b_dec).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_gated_auxiliary_loss_does_not_leak_into_the_decoder(sparse):
+    sae, x = make("gated", sparsity_coefficient=0.0)
+    gradients = torch.autograd.grad(sae.loss(x, sparse=sparse).terms["auxiliary"], list(sae.parameters()),
+                                    allow_unused=True)
+    reached = {name for (name, _), g in zip(sae.named_parameters(), gradients, strict=True) if g is not None and g.any()}
+    # b_dec only through the encoder's input: its part as the decoder's bias is frozen as W_dec is.
+    assert reached == {"W_enc", "b_gate", "b_dec"}
+
+
+def test_gated_encoder_is_a_jumprelu_encoder():
+    """PAPER.md section 1: a JumpReLU with threshold b_mag - exp(r_mag) b_gate on the magnitude's pre-activations."""
+    sae, x = make("gated")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        sae.r_mag.normal_(generator=generator)
+        sae.b_gate.normal_(generator=generator).sub_(1)
+        sae.b_mag.normal_(generator=generator).abs_()
+    scale = sae.r_mag.exp()
+    threshold = sae.b_mag - scale * sae.b_gate
+    keep = threshold > 0
+    pi = (x - sae.b_dec) @ (sae.W_enc * scale) + sae.b_mag
+    torch.testing.assert_close(sae.encode(x)[:, keep], (pi * (pi > threshold))[:, keep])
+    assert keep.sum() > 2
+
+
+@pytest.mark.parametrize("loss_name, expected", [
+    ("l0", lambda l0: l0), ("l0_target", lambda l0: (l0 / 2 - 1) ** 2),
+    ("l0_target_gemma_scope_2", lambda l0: 2 / 2 * (l0 - 2) ** 2)])
+def test_jumprelu(loss_name, expected):
+    sae, x = make("jumprelu", sparsity_coefficient=0.3, initial_threshold=0.4, bandwidth=0.3, sparsity_loss=loss_name)
+    pre = pre_activations(sae, x)
+    active = pre > 0.4
+    assert 0 < active.sum() < active.numel()
+    torch.testing.assert_close(sae.encode(x), pre * active)
+    l0 = active.float().sum(1).mean()
+    assert sae.loss(x).terms["sparsity"].item() == pytest.approx(0.3 * expected(l0).item(), rel=1e-5)
+
+
+def test_jumprelu_sparsity_trains_only_thresholds():
+    sae, x = make("jumprelu", sparsity_coefficient=0.3, initial_threshold=0.4, bandwidth=0.3)
+    gradients = torch.autograd.grad(sae.loss(x).terms["sparsity"], list(sae.parameters()), allow_unused=True)
+    reached = {name for (name, _), g in zip(sae.named_parameters(), gradients, strict=True) if g is not None and g.any()}
+    assert reached == {"threshold_parameter"}
+
+
+def test_published_target_losses_need_a_coefficient():
+    with pytest.raises(ValueError, match="l0_target needs both l0_target and sae.sparsity_coefficient"):
+        make("jumprelu", sparsity_loss="l0_target")
+
+
+def test_load_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="holds no sae.safetensors; give the folder of a finished run"):
+        load_sae(tmp_path)

@@ -1,0 +1,60 @@
+"""The plan of the house: imports point down, only entry points know Hydra, files stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What each room of sae_zoo may import of the others. Files directly in sae_zoo/ are the entry points' side, except these.
+ROOMS = {
+    "functional": set(),
+    "training": {"functional"},
+    "saes": {"functional", "training", "records"},
+    "lm": set(),
+    "data": {"lm", "records"},
+    "evaluation": {"functional", "lm"},
+    "records": set(),
+    "memory": set(),
+}
+MODULES = {path.relative_to(ROOT): path for room in ("sae_zoo", "analysis") for path in (ROOT / room).rglob("*.py")}
+KNOW_HYDRA = {"train", "harvest", "evaluate", "pretrain", "config"}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "sae_zoo")
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_down(module):
+    room = module.parts[1].removesuffix(".py")
+    for name in imports(MODULES[module]):
+        parts = name.split(".")
+        if parts[0] == "hydra":
+            assert module.parts[0] == "sae_zoo" and room in KNOW_HYDRA, f"{module} imports {name}"
+        if module.parts[0] == "sae_zoo" and parts[0] == "analysis":
+            assert room == "train", f"{module} imports {name}"
+        if parts[0] == "sae_zoo" and len(parts) > 1 and room in ROOMS:
+            assert parts[1] in ROOMS[room] | {room}, f"{module} imports {name}"
+        if module.parts[0] == "analysis" and parts[0] == "sae_zoo":
+            assert parts[1:2] == ["records"], f"{module} imports {name}: analysis reads records only"
+
+
+def test_functional_is_torch_only():
+    for module, path in MODULES.items():
+        if "functional" in module.parts:
+            foreign = {name.split(".")[0] for name in imports(path)} - {"torch", "sae_zoo", "__future__", "math",
+                                                                        "dataclasses", "functools", "collections",
+                                                                        "warnings"}
+            assert not foreign, f"{module} imports {foreign}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_files_are_one_room(module):
+    assert len(MODULES[module].read_text().splitlines()) <= 400

@@ -1,0 +1,61 @@
+import math
+
+import pytest
+from omegaconf import OmegaConf
+
+from sae_zoo.config import CONFIG_DIR, build_recipe
+from sae_zoo.training.control import l0_error, next_log_coefficient
+from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
+
+
+def test_learning_rate():
+    shape = {"n_steps": 1000, "warmup_steps": 100, "start_factor": 0.1, "decay_fraction": 0.2}
+    assert lr_factor(0, **shape) == pytest.approx(0.1)
+    assert lr_factor(50, **shape) == pytest.approx(0.55)
+    assert lr_factor(100, **shape) == lr_factor(799, **shape) == 1
+    assert lr_factor(900, **shape) == pytest.approx(0.5)
+    assert lr_factor(999, **shape) == pytest.approx(0.005)
+    assert lr_factor(999, **shape | {"decay_fraction": 0.0}) == 1
+
+
+def test_other_schedules():
+    assert [warmup_factor(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warmup_factor(0, 0) == 1
+    values = [target_factor(s, n_steps=100, start_factor=4.0, anneal_fraction=0.2) for s in (0, 10, 20, 99)]
+    assert values == pytest.approx([4, 2, 1, 1])
+
+
+def test_error_is_symmetric_and_cut():
+    assert l0_error(44, 40) == pytest.approx(math.log(1.1)) == pytest.approx(-l0_error(40, 44))
+    assert l0_error(0, 40) == -1 and l0_error(4000, 40) == 1
+
+
+@pytest.mark.parametrize("start", [1e-6, 1.0])
+@pytest.mark.parametrize("exponent", [0.3, 1.0])
+def test_control_settles_a_slow_plant_on_its_target(start, exponent):
+    """A plant whose L0 follows coefficient^-exponent with a lag of 30 steps, as an SAE's does."""
+    log_coefficient, l0, previous = math.log(start), 200.0, None
+    for _ in range(2000):
+        l0 += (40 * (math.exp(log_coefficient) / 1e-3) ** -exponent - l0) / 30
+        error = l0_error(l0, 40)
+        log_coefficient = next_log_coefficient(log_coefficient, error=error, previous_error=previous or error,
+                                               proportional=0.5, integral=0.02)
+        previous = error
+    assert l0 == pytest.approx(40, rel=0.02)
+
+
+def test_recipes_are_valid_and_bad_values_are_named():
+    for name in ("short", "paper"):
+        recipe = OmegaConf.load(CONFIG_DIR / "recipe" / f"{name}.yaml")
+        build_recipe(recipe)
+    for change, message in (({"lr": 0}, "recipe.lr is 0; it must be positive"),
+                            ({"beta1": 1.5}, "recipe.beta1 is 1.5; it must be between 0 and 1"),
+                            ({"b_dec_start": "median"}, "recipe.b_dec_start is 'median'; choose zero or mean")):
+        with pytest.raises(ValueError, match=message):
+            build_recipe(OmegaConf.merge(recipe, change))
+
+
+def test_the_paper_recipe_is_the_papers():
+    recipe = build_recipe(OmegaConf.load(CONFIG_DIR / "recipe" / "paper.yaml"))
+    assert (recipe.lr, recipe.beta1, recipe.beta2, recipe.batch_size) == (7e-5, 0, 0.999, 4096)
+    assert (recipe.lr_warmup_steps, recipe.coefficient_warmup_steps, recipe.l0_start) == (1000, 10000, None)
