@@ -32,7 +32,8 @@ _PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent / "conf"
 
 # What does not change a run's numbers, and so is neither hashed nor named.
-_WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps")
+_WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps",
+                   "trainer.accelerator", "trainer.devices", "trainer.checkpoint_every")  # but for rounding
 # Overrides whose values the names of sweep and job spell out themselves.
 _SPELLED_OUT = ("sae", "lm", "hook.layer", "hook.site", "l0_target", "seed")
 # Overrides that make runs incomparable: they name the sweep, all others the job.

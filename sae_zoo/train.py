@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 
 from sae_zoo.config import build_sae, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.data.module import ActivationData
@@ -65,7 +66,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path) -> SAE:
         callbacks.append(TQDMProgressBar(refresh_rate=20))
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
-        precision=trainer_cfg.precision, logger=_logger(cfg, run_dir), log_every_n_steps=trainer_cfg.log_every_n_steps,
+        logger=_logger(cfg, run_dir), log_every_n_steps=trainer_cfg.log_every_n_steps,
         val_check_interval=min(trainer_cfg.validation_every, sae.recipe.n_steps), num_sanity_val_steps=0,
         default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=trainer_cfg.progress_bar,
         enable_model_summary=False, use_distributed_sampler=False,
@@ -120,16 +121,20 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     if old is not None and old["status"] == FINISHED:
         log.info("%s is finished; skipped", run_dir)
         return old
-    config_file = run_dir / "config.yaml"
-    if old is None and config_file.exists() and config_hash(OmegaConf.load(config_file)) != record["config_hash"]:
-        shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # of an interrupted run of another config
-    OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
+    leader = rank_zero_only.rank == 0  # of several devices, one process evaluates and writes
+    if leader:
+        config_file = run_dir / "config.yaml"
+        if config_file.exists() and config_hash(OmegaConf.load(config_file)) != record["config_hash"]:
+            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # of an interrupted run of another config
+        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
     started = time.time()
     try:
         source = open_source(cfg, device_of(cfg.trainer.accelerator), progress_bar=cfg.trainer.progress_bar)
         record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
         fit_started = time.time()
         sae = fit(cfg, source, run_dir)
+        if not leader:
+            return record
         record["seconds_training"] = round(time.time() - fit_started, 1)
         metrics = evaluate_sae(cfg, sae, source, run_dir)
         record |= metrics
@@ -149,7 +154,8 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                    "seconds": round(time.time() - started, 1)}
         raise
     finally:
-        write_record(run_dir, record)
+        if leader:
+            write_record(run_dir, record)
     shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # the finished SAE stands beside the record
     return record
 
@@ -160,8 +166,13 @@ _swept: list[Path] = []
 
 def _task(cfg: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
+        raise ValueError(f"trainer.devices is {cfg.trainer.devices}; a sweep runs on one device, and a single run on "
+                         "several: start the jobs one by one, without -m")
     if HydraConfig.get().mode == RunMode.RUN:
-        _report(run_job(cfg, run_dir), run_dir)
+        record = run_job(cfg, run_dir)
+        if rank_zero_only.rank == 0:
+            _report(record, run_dir)
         return
     _swept.append(run_dir)
     try:

@@ -26,6 +26,8 @@ from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, active_from_ma
 from sae_zoo.saes.lightning import LightningSAE
 from sae_zoo.training.recipe import Recipe
 
+_SPARSE_DEVICES = ("cpu", "cuda")  # where torch has sampled_addmm
+
 
 @dataclass(frozen=True, eq=False)
 class SAEOutput:
@@ -222,7 +224,7 @@ class SAE(LightningSAE, ABC):
             sparse: run on the active set or densely; None decides by the density measured last.
         """
         if sparse is None:
-            sparse = float(self.density) < self.sparse_below_density
+            sparse = x.device.type in _SPARSE_DEVICES and float(self.density) < self.sparse_below_density
         step = self.run(self._normalise(x), sparse=sparse)
         terms = {"reconstruction": F.mse_loss(step.x_hat, step.x, reduction="sum") / len(x), **self.penalty(step)}
         return SAELoss(sum(terms.values()), terms, step)

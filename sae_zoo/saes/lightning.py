@@ -41,6 +41,8 @@ class LightningSAE(pl.LightningModule):
             raise ValueError(f"sparsity_coefficient is {sparsity_coefficient}; it must not be negative")
         if not initial_coefficient > 0:
             raise ValueError(f"initial_coefficient is {initial_coefficient}; it must be positive")
+        if recipe is not None and l0_target is None and sparsity_coefficient is None:
+            raise ValueError("l0_target is null and sae.sparsity_coefficient too; give one, to say how sparse to be")
         self.d_sae, self.recipe = d_sae, recipe
         self.l0_target, self.sparsity_coefficient = l0_target, sparsity_coefficient
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))

@@ -1,16 +1,18 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_zoo.data.permutation import Permutation
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 3000), seed=st.integers(-5, 2**40))
 def test_is_a_bijection(n, seed):
     assert np.array_equal(np.sort(Permutation(n, seed)(np.arange(n))), np.arange(n))
 
 
+@settings(deadline=None)
 @given(n=st.integers(1, 2**50), seed=st.integers(0, 9), data=st.data())
 def test_an_element_goes_to_the_same_place_whatever_it_is_asked_with(n, seed, data):
     indices = data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20))
