@@ -55,15 +55,18 @@ def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> N
     # Lightning's advice and its own use of torch's internals: of no use to somebody who trains an SAE.
     warnings.filterwarnings("ignore", module="pytorch_lightning")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    wants_traceback = bool(os.environ.get("HYDRA_FULL_ERROR"))
+    as_found = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of printing them over many lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
+        if as_found:
             raise
         print(f"sae_zoo.{config_name}: error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+    finally:
+        if as_found is None:
+            del os.environ["HYDRA_FULL_ERROR"]
 
 
 # Names of folders.

@@ -134,7 +134,7 @@ def test_an_interrupted_run_ends_bit_identical(run, root, sweep, monkeypatch, sa
     status, printed = run("sweep=cut", f"sae={sae}", "l0_target=20")
     assert status == 0 and "going on from" in printed
     whole, resumed = (load_sae(folder / f"{sae}-l0_20-seed_0") for folder in (sweep, root / "runs/cut"))
-    for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 

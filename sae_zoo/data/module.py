@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from sae_zoo.data.activations import Activations, Batches
 
 # Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
-_VALIDATION_ROWS = 4096
+_VALIDATION_ROWS = 8192
 
 
 class ActivationData(pl.LightningDataModule):

@@ -17,7 +17,7 @@ from sae_zoo.training.recipe import Recipe
 from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
 
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
-_L0_WEIGHT, _RATIO_WEIGHT = 0.2, 0.3
+_L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
 
 

@@ -40,6 +40,7 @@ def sae(request):
     with torch.no_grad():  # away from the start, where ties could hide a transposed or missing term
         for parameter in sae.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        sae.constrain()
         sae.tokens_since_fired[::4] = 10**9  # some dead latents, for losses about them
     return sae
 
