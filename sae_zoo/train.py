@@ -36,6 +36,22 @@ L0_TOLERANCE = 0.05
 _START_ROWS = 8192
 
 
+class _ProgressBar(TQDMProgressBar):
+    """Lightning's bar, without its epochs and without a second bar for the short looks at held-out rows."""
+
+    def on_train_epoch_start(self, trainer, *args) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
+
+    def init_validation_tqdm(self):
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
+
+    def get_metrics(self, *args) -> dict:
+        return {key: value for key, value in super().get_metrics(*args).items() if key != "v_num"}
+
+
 def _logger(cfg: DictConfig, run_dir: Path) -> list:
     loggers = [pl.loggers.CSVLogger(run_dir, name="metrics")]
     if cfg.logger.name == "wandb":
@@ -63,7 +79,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path) -> SAE:
     callbacks: list[pl.Callback] = [ModelCheckpoint(
         checkpoint.parent, save_top_k=0, save_last=True, every_n_train_steps=trainer_cfg.checkpoint_every)]
     if trainer_cfg.progress_bar:
-        callbacks.append(TQDMProgressBar(refresh_rate=20))
+        callbacks.append(_ProgressBar(refresh_rate=20))
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
         logger=_logger(cfg, run_dir), log_every_n_steps=trainer_cfg.log_every_n_steps,
@@ -138,7 +154,7 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         record["seconds_training"] = round(time.time() - fit_started, 1)
         metrics = evaluate_sae(cfg, sae, source, run_dir)
         record |= metrics
-        record["coefficient"] = sae.coefficient
+        record["coefficient"] = sae.coefficient if sae.has_coefficient else None
         missed = None
         if cfg.l0_target is not None and record["sparsity_coefficient"] is None:
             missed = abs(record["l0"] / cfg.l0_target - 1) > L0_TOLERANCE

@@ -15,7 +15,7 @@ import hashlib
 import sysconfig
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +28,13 @@ HELD_OUT = ("validation", "test")
 _FIRST_BUCKET = {"train": 0, "validation": 90, "test": 95}
 
 
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
 def split_of(name: str) -> str:
     """The split that the document called ``name`` belongs to."""
-    bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100
+    bucket = _hash(name) % 100
     return max((first, split) for split, first in _FIRST_BUCKET.items() if bucket >= first)[1]
 
 
@@ -46,8 +50,8 @@ class Corpus(ABC):
     """An ordered, repeatable collection of documents."""
 
     @abstractmethod
-    def documents(self, split: str) -> Iterator[Document]:
-        """The documents of ``split`` (one of :data:`SPLITS`), always in the same order."""
+    def documents(self, *splits: str) -> Iterator[Document]:
+        """The documents of ``splits`` (of :data:`SPLITS`), always in the same order."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -55,7 +59,10 @@ class Corpus(ABC):
 
 
 class FileCorpus(Corpus):
-    """Text files, one file one document, named by their path relative to ``root``, in order of name.
+    """Text files, one file one document, named by their path relative to ``root``.
+
+    They come in order of a hash of their names, so that whoever reads only some of them reads a random sample and not
+    the first letters of the alphabet.
 
     Files that are not UTF-8 or are empty are passed over and listed in ``skipped``.
 
@@ -65,7 +72,7 @@ class FileCorpus(Corpus):
 
     def __init__(self, root: Path, files: Iterable[Path]):
         self.root = root
-        self.files = sorted(files, key=lambda f: self._name(f))
+        self.files = sorted(files, key=lambda f: (_hash(self._name(f)), self._name(f)))
         self.skipped: set[Path] = set()
         if not self.files:
             raise ValueError(f"corpus is empty: no text file found for {root}; check the paths and globs")
@@ -73,10 +80,10 @@ class FileCorpus(Corpus):
     def _name(self, file: Path) -> str:
         return file.relative_to(self.root).as_posix() if file.is_relative_to(self.root) else file.as_posix()
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def documents(self, *splits: str) -> Iterator[Document]:
         for file in self.files:
             name = self._name(file)
-            if split_of(name) != split:
+            if split_of(name) not in splits:
                 continue
             try:
                 text = file.read_text(encoding="utf-8")
@@ -156,7 +163,7 @@ class HFDatasetCorpus(Corpus):
         self.arguments = {"path": path, "name": subset, "split": split, "revision": revision, "data_files": data_files}
         self.text_field = text_field
 
-    def documents(self, split: str) -> Iterator[Document]:
+    def documents(self, *splits: str) -> Iterator[Document]:
         from datasets import load_dataset  # heavy, and needed by this corpus alone
 
         for row in load_dataset(**self.arguments, streaming=True):
@@ -165,7 +172,7 @@ class HFDatasetCorpus(Corpus):
                                  f"{self.arguments['path']}; its columns are {', '.join(sorted(row))}")
             text = row[self.text_field] or ""  # a column of a dataset may hold null
             name = hashlib.sha256(text.encode()).hexdigest()
-            if text and split_of(name) == split:
+            if text and split_of(name) in splits:
                 yield Document(name, text)
 
     def fingerprint(self) -> str:
@@ -250,3 +257,11 @@ def pack(documents: Iterable[Document], tokenizer, context_size: int, max_tokens
     if bos is not None:
         rows = np.pad(rows, ((0, 0), (1, 0)), constant_values=bos)
     return PackedTokens(torch.from_numpy(rows), special_token_ids(tokenizer), n_documents, n_bytes)
+
+
+def deal(rows: PackedTokens, first: int, second: int) -> tuple[PackedTokens, PackedTokens]:
+    """Deal packed rows into two parts in proportion ``first`` to ``second``, evenly along their order."""
+    share = first / (first + second)
+    position = torch.arange(len(rows.tokens) + 1, dtype=torch.float64)
+    to_first = (position * share).floor().diff() > 0
+    return tuple(replace(rows, tokens=rows.tokens[mask]) for mask in (to_first, ~to_first))

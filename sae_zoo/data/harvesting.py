@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
-from sae_zoo.data.corpus import SPLITS, Corpus, PackedTokens, pack
+from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, PackedTokens, deal, pack
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
 
@@ -26,7 +26,7 @@ class HarvestSpec:
 
     Attributes:
         context_size: tokens a row that the language model reads, BOS included.
-        n_tokens: non-special tokens of each split; a split with less text gives what it has.
+        n_tokens: non-special tokens of each split, about; a split with less text gives what it has.
         dtype: of the stored activations.
         rows_per_shard: activations a shard.
         seed: of the shuffle.
@@ -75,8 +75,7 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
         missing = [hook for hook in hooks if not (root / ids[hook.name] / MANIFEST).exists()]
         made = {}
         if missing:
-            packed = {split: pack(corpus.documents(split), lm.tokenizer, spec.context_size, spec.n_tokens[split])
-                      for split in SPLITS}
+            packed = _pack(corpus, lm, spec)
             rows = {split: part.n_tokens for split, part in packed.items()}
             widths = {hook.name: hook_width(lm.model, hook) for hook in missing}
             n_bytes = sum(estimated_bytes(rows, d_in=d_in, dtype=spec.dtype, rows_per_shard=spec.rows_per_shard)
@@ -93,6 +92,20 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
             _run(lm, missing, packed, writers, batch_size, progress_bar)
             made = {name: writer.finish(packed, progress_bar=progress_bar) for name, writer in writers.items()}
         return {hook.name: made.get(hook.name) or open_cache(root / ids[hook.name]) for hook in hooks}
+
+
+def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTokens]:
+    """Token rows of each split.
+
+    Validation and test are dealt, row by row, from the same held-out documents: validation steers a single number, the
+    sparsity coefficient, towards an L0 that is then scored on test. Documents differ so much in their L0 that with some
+    dozens of them on each side a split by document would miss the target by several percent whatever the control does.
+    """
+    n = spec.n_tokens
+    train = pack(corpus.documents("train"), lm.tokenizer, spec.context_size, n["train"])
+    held_out = pack(corpus.documents(*HELD_OUT), lm.tokenizer, spec.context_size, n["validation"] + n["test"])
+    validation, test = deal(held_out, n["validation"], n["test"])
+    return {"train": train, "validation": validation, "test": test}
 
 
 def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTokens],

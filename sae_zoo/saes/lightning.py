@@ -6,6 +6,7 @@ Glue around the pure functions of ``training`` and ``functional``; whatever must
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -31,6 +32,8 @@ class LightningSAE(pl.LightningModule):
     Raises:
         ValueError: if a value is out of bounds.
     """
+
+    has_coefficient: ClassVar[bool] = True  # False where the equation fixes L0
 
     def __init__(self, *, d_sae: int, recipe: Recipe | None, l0_target: float | None,
                  sparsity_coefficient: float | None, initial_coefficient: float):
@@ -160,7 +163,7 @@ class LightningSAE(pl.LightningModule):
 
     def _control(self, l0: float) -> None:
         """Drive the coefficient so that the held-out L0 meets its target."""
-        if self.l0_target is None or self.sparsity_coefficient is not None:
+        if not self.has_coefficient or self.l0_target is None or self.sparsity_coefficient is not None:
             return
         recipe, average = self.recipe, float(self.l0_average)
         average = l0 if math.isnan(average) else average + _L0_WEIGHT * (l0 - average)

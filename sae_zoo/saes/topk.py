@@ -23,6 +23,7 @@ class TopKSAE(SAE):
     """
 
     variant = "topk"
+    has_coefficient = False
 
     def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, l0_target: float | None = None,
                  **common: Any):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sae_zoo.data.corpus import (
-    SPLITS, Document, HFDatasetCorpus, StdlibCorpus, TextFilesCorpus, pack, special_token_ids, split_of,
+    SPLITS, Document, HFDatasetCorpus, PackedTokens, StdlibCorpus, TextFilesCorpus, deal, pack, special_token_ids, split_of,
 )
 
 # One token for every lower-case letter, at 10 to 35.
@@ -57,7 +57,7 @@ def test_splits_are_a_partition_of_the_documents(kind, tmp_path):
     everything = [name for split in SPLITS for name in names[split]]
     assert all(names.values()) and len(everything) == len(set(everything)) == len(corpus.files) - len(corpus.skipped)
     assert all(split_of(name) == split for split in SPLITS for name in names[split])
-    assert all(names[split] == sorted(names[split]) for split in SPLITS)
+    assert all(names[split] == [d.name for d in corpus.documents(split)] for split in SPLITS)
 
 
 def test_stdlib_leaves_out_tests_and_packages():
@@ -186,3 +186,13 @@ def test_bad_packing():
         pack(documents("abc"), letters_tokenizer(**ALL), 1)
     with pytest.raises(ValueError, match="3 tokens do not fill one row of 4"):
         pack(documents("abc"), letters_tokenizer(), 4)
+
+
+@pytest.mark.parametrize("first, second", [(1, 1), (3, 5), (6, 10), (1, 9)])
+def test_dealt_rows_are_a_partition_in_proportion(first, second):
+    rows = PackedTokens(torch.arange(400, dtype=torch.int32).view(100, 4), (0,), n_documents=3, n_bytes=9)
+    a, b = deal(rows, first, second)
+    assert sorted(torch.cat([a.tokens, b.tokens]).flatten().tolist()) == list(range(400))
+    assert len(a.tokens) == pytest.approx(100 * first / (first + second), abs=1)
+    for half in (a.tokens[:, 0] < 200, a.tokens[:, 0] >= 200):  # evenly along the order
+        assert half.sum() == pytest.approx(len(a.tokens) / 2, abs=1)

@@ -47,7 +47,7 @@ def test_every_row_is_the_activation_at_its_token(lm, caches):
     cache = caches[3]["residual.1"]
     for split in ("train", "validation", "test"):
         tokens, n = cache.tokens(split), cache.n_rows(split)
-        assert n == min(SPEC["n_tokens"][split], n)
+        assert n == pytest.approx(SPEC["n_tokens"][split], abs=16)
         states = lm.model(tokens.long(), output_hidden_states=True).hidden_states[2]
         origin = cache.origin(split, 0, n)
         torch.testing.assert_close(cache.rows(split, 0, n), states[origin.sequences.long(), origin.positions.long()],
