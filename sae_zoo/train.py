@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from sae_zoo.config import build_sae, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.data.module import ActivationData
 from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_sae
-from sae_zoo.records import FAILED, FINISHED, RECORD, read_record, versions, write_record
+from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
 from sae_zoo.saes.io import save_sae
 from sae_zoo.source import Source, open_source
@@ -145,6 +145,7 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
     started = time.time()
     try:
+        build_sae(cfg, d_in=1, input_scale=1.0)  # a mistake in the config is said before the harvest, not after it
         source = open_source(cfg, device_of(cfg.trainer.accelerator), progress_bar=cfg.trainer.progress_bar)
         record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
         fit_started = time.time()
@@ -208,12 +209,15 @@ def _report(record: dict[str, Any], run_dir: Path) -> None:
 
 
 def _report_sweep() -> None:
+    """Table and plot of every run in the folders that this sweep wrote to."""
     from analysis.frontier import draw_frontier  # matplotlib and pandas, needed only here
 
-    if not any((run_dir / RECORD).exists() for run_dir in _swept):
-        return
-    result = draw_frontier(_swept, output=_swept[0].parent)
-    print(f"\n{result.text}\n\n{result.png}")
+    try:
+        result = draw_frontier(sorted({run_dir.parent for run_dir in _swept}))
+    except ValueError as error:
+        log.error("no frontier: %s", one_line(error))
+    else:
+        print(f"\n{result.text}\n\n{result.png}")
 
 
 def main() -> None:
