@@ -26,14 +26,15 @@ def evaluate(cfg: DictConfig) -> pd.DataFrame:
     """One row each for the SAE, the mean predictor and the identity."""
     run_dir, device = Path(cfg.run), device_of(cfg.accelerator)
     sae = load_sae(run_dir).to(device)
-    source = open_source(OmegaConf.load(run_dir / "config.yaml"), device, progress_bar=cfg.progress_bar)
+    of_run = OmegaConf.load(run_dir / "config.yaml")
+    source = open_source(of_run, device, progress_bar=cfg.progress_bar)
     activations = source.activations
 
     def rows():
         return held_out_rows(activations, cfg.split, cfg.n_rows, device=device, progress_bar=cfg.progress_bar)
 
-    n_mean = min(cfg.n_rows, activations.n_rows("train"))
-    mean = activations.rows("train", 0, n_mean).double().mean(0).float().to(device)
+    total = sum(x.double().sum(0) for x in rows())
+    mean = (total / min(cfg.n_rows, activations.n_rows(cfg.split))).float()  # of the very rows that are scored
     reconstructions: dict[str, Callable[[Tensor], Tensor]] = {
         sae.variant: sae.reconstruct, "mean predictor": lambda x: mean.expand_as(x), "identity": lambda x: x}
     table = {}
@@ -44,7 +45,7 @@ def evaluate(cfg: DictConfig) -> pd.DataFrame:
         if source.lm is not None:
             in_lm = score_in_lm(reconstruct, source.lm, source.hook, activations.tokens(cfg.split),
                                 activations.manifest["special_ids"], n_tokens=cfg.n_lm_tokens,
-                                batch_size=OmegaConf.load(run_dir / "config.yaml").lm.batch_size,
+                                batch_size=of_run.lm.batch_size,
                                 progress_bar=cfg.progress_bar)
             row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}
         table[name] = row

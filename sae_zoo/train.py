@@ -108,7 +108,7 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
     return {**metrics, **{key: in_lm[key] for key in lm_keys}}
 
 
-def _identity(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+def _identity(cfg: DictConfig) -> dict[str, Any]:
     """What a record says of a run before anything was measured."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
     with_lm = cfg.data.name == "cache"
@@ -126,22 +126,23 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """One job from config to record; returns the record.
 
     Raises:
-        ValueError: if the folder holds a run of another config, or for whatever is wrong with the config or the data;
+        ValueError: if the folder holds a finished or half-trained run of another config, or for whatever is wrong with the config or the data;
             the record then says ``failed``.
     """
-    record = _identity(cfg, run_dir)
+    record = _identity(cfg)
     old = read_record(run_dir)
-    if old is not None and old["config_hash"] != record["config_hash"]:
-        raise ValueError(f"{run_dir} holds a run of another config (hash {old['config_hash']}, this one has "
-                         f"{record['config_hash']}); choose another sweep=..., or delete that folder")
-    if old is not None and old["status"] == FINISHED:
+    config_file, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
+    found = config_hash(OmegaConf.load(config_file)) if config_file.exists() else record["config_hash"]
+    finished = old is not None and old["status"] == FINISHED
+    if found != record["config_hash"] and (finished or checkpoints.exists()):
+        raise ValueError(f"{run_dir} holds a {'finished' if finished else 'half-trained'} run of another config (hash "
+                         f"{found}, this one has {record['config_hash']}); choose another sweep=..., or delete that "
+                         "folder")
+    if finished:
         log.info("%s is finished; skipped", run_dir)
         return old
     leader = rank_zero_only.rank == 0  # of several devices, one process evaluates and writes
     if leader:
-        config_file = run_dir / "config.yaml"
-        if config_file.exists() and config_hash(OmegaConf.load(config_file)) != record["config_hash"]:
-            shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # of an interrupted run of another config
         OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
     started = time.time()
     try:
@@ -173,7 +174,7 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     finally:
         if leader:
             write_record(run_dir, record)
-    shutil.rmtree(run_dir / "checkpoints", ignore_errors=True)  # the finished SAE stands beside the record
+    shutil.rmtree(checkpoints, ignore_errors=True)  # the finished SAE stands beside the record
     return record
 
 

@@ -128,7 +128,7 @@ class LightningSAE(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         if not torch.isfinite(loss.total):
-            raise ValueError(f"loss is {float(loss.total)} at step {self.global_step}; lower recipe.lr "
+            raise ValueError(f"loss is {loss.total.item()} at step {self.global_step}; lower recipe.lr "
                              f"({self.recipe.lr}) or check the activations")
         l0 = self._count(loss.step)
         if self.global_step % self.trainer.log_every_n_steps == 0:
