@@ -162,7 +162,10 @@ def _draw_panel(axes: Axes, groups: list[SeedGroup], key: str, look: dict[str, S
         axes.plot(*zip(*runs), color=style.color, linestyle="none", marker=style.marker, markersize=6.5,
                   markeredgecolor="white", markeredgewidth=0.7, zorder=3)
         ends[label] = max(means or runs)
-    axes.plot(*zip(*front_of_curves(curves)), color=FRONT, linewidth=8, solid_capstyle="round", solid_joinstyle="round",
+    # From where every curve has begun: a worse one that was measured at a slightly lower L0 is no frontier.
+    start = max((min(curve)[0] for curve in curves if len(curve) > 1), default=0)
+    front = [point for point in front_of_curves(curves) if point[0] >= start]
+    axes.plot(*zip(*front), color=FRONT, linewidth=8, solid_capstyle="round", solid_joinstyle="round",
               zorder=1)
     axes.set_xscale("log")
     axes.set_yscale("log")
