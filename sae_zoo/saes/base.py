@@ -66,7 +66,9 @@ class Step:
 
     def of_latent(self, parameter: Tensor) -> Tensor:
         """A [d_sae] parameter, laid out as ``pre_acts`` is."""
-        return parameter if self.active is None else parameter[self.active.latent_ids]
+        # Not parameter[ids]: its gradient is added up by several threads in no fixed order, and a run could not be
+        # repeated or resumed to the bit.
+        return parameter if self.active is None else parameter.index_select(0, self.active.latent_ids)
 
     def mean_sum(self, values: Tensor) -> Tensor:
         """Sum over latents, mean over the batch."""

@@ -48,7 +48,8 @@ class GatedSAE(SAE):
         return 0.0
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        b_gate, b_mag, r_mag = (p if ids is None else p[ids] for p in (self.b_gate, self.b_mag, self.r_mag))
+        b_gate, b_mag, r_mag = (
+            p if ids is None else p.index_select(0, ids) for p in (self.b_gate, self.b_mag, self.r_mag))
         return torch.relu(r_mag.exp() * (pre_acts - b_gate) + b_mag) * (pre_acts > 0)
 
     def penalty(self, step: Step) -> dict[str, Tensor]:

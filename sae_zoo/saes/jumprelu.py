@@ -72,7 +72,7 @@ class JumpReLUSAE(SAE):
         return self.threshold.detach() - (self.half_width if training else 0.0)
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        threshold = self.threshold if ids is None else self.threshold[ids]
+        threshold = self.threshold if ids is None else self.threshold.index_select(0, ids)
         return jumprelu(pre_acts, threshold, **self.window)
 
     def penalty(self, step: Step) -> dict[str, Tensor]:

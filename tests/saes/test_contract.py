@@ -73,6 +73,22 @@ def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae):
                                        msg=lambda m, name=name, sparse=sparse: f"{name}, sparse={sparse}: {m}")
 
 
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIG_DIR / "sae").glob("*.yaml"))])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_gradients_are_the_same_to_the_bit_with_several_threads(name, sparse):
+    x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))  # large enough for torch to use its threads
+    sae = build_sae(config(name, "d_sae=1024", "l0_target=40"), d_in=64, input_scale=8.0)
+    sae.initialise(x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [torch.autograd.grad(sae.loss(x, sparse=sparse).total, list(sae.parameters())) for _ in range(6)]
+    finally:
+        torch.set_num_threads(threads)
+    for gradients in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients, runs[0], strict=True))
+
+
 def test_dense_and_sparse_encoders_agree(sae):
     x = activations()
     torch.testing.assert_close(sae.encode_sparse(x).to_dense(), sae.encode(x))
