@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sae_zoo.data import cache_writer
 from sae_zoo.data.cache import cache_lock, make_cache_id, manifest_digest, open_cache
