@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -38,14 +39,15 @@ def evaluate(cfg: DictConfig) -> pd.DataFrame:
         sae.variant: sae.reconstruct, "mean predictor": lambda x: mean.expand_as(x), "identity": lambda x: x}
     table = {}
     for name, reconstruct in reconstructions.items():
-        scores = score_reconstruction(reconstruct, rows())
-        row = {"l0": score_sae(sae, rows())[0]["l0"] if name == sae.variant else None, "fvu": scores.fvu,
-               "mse": scores.mse, "cosine": scores.cosine}
+        if name == sae.variant:
+            scores, _ = score_sae(sae, rows())
+        else:
+            scores = asdict(score_reconstruction(reconstruct, rows()))
+        row = {key: scores.get(key) for key in ("l0", "fvu", "mse", "cosine")}
         if source.lm is not None:
             in_lm = score_in_lm(reconstruct, source.lm, source.hook, activations.tokens(cfg.split),
                                 activations.manifest["special_ids"], n_tokens=cfg.n_lm_tokens,
-                                batch_size=of_run.lm.batch_size,
-                                progress_bar=cfg.progress_bar)
+                                batch_size=of_run.lm.batch_size, progress_bar=cfg.progress_bar)
             row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}
         table[name] = row
     frame = pd.DataFrame.from_dict(table, orient="index")

@@ -205,12 +205,14 @@ def test_bad_input_is_one_clear_line(run, tmp_path, overrides):
     assert "Traceback" not in printed
 
 
-def test_a_damaged_cache_is_said(run, root):
+@pytest.mark.parametrize("damage", [lambda b: b[:-100], lambda b: b[:-100] + bytes([b[-100] ^ 1]) + b[-99:]],
+                         ids=["truncated", "bit-flipped"])
+def test_a_damaged_cache_is_said(run, root, damage):
     shard = next((root / "cache").glob("*residual.3*/train/00000.safetensors"))
     content = shard.read_bytes()
-    shard.write_bytes(content[:-100])
+    shard.write_bytes(damage(content))
     try:
-        status, printed = run("sweep=damaged", "sae=topk", "l0_target=10")
+        status, printed = run(f"sweep=damaged{len(damage(content))}", "sae=topk", "l0_target=10")
     finally:
         shard.write_bytes(content)
     assert status == 2 and "is damaged" in printed and "delete the folder to harvest it again" in printed

@@ -18,6 +18,8 @@ from sae_zoo.lm.load import LoadedLM
 
 log = logging.getLogger(__name__)
 
+_HASHED_UP_TO_BYTES = 4_000_000_000  # a few seconds of reading
+
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestSpec:
@@ -90,7 +92,15 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
             }
             _run(lm, missing, packed, writers, batch_size, progress_bar)
             made = {name: writer.finish(packed, progress_bar=progress_bar) for name, writer in writers.items()}
-        return {hook.name: made.get(hook.name) or open_cache(root / ids[hook.name]) for hook in hooks}
+        return {hook.name: made.get(hook.name) or _open(root / ids[hook.name]) for hook in hooks}
+
+
+def _open(path: Path) -> Cache:
+    """A cache that was there already, its hashes checked where that takes seconds and not hours."""
+    cache = open_cache(path)
+    if cache.n_bytes <= _HASHED_UP_TO_BYTES:
+        cache.verify_hashes()
+    return cache
 
 
 def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTokens]:
