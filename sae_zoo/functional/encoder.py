@@ -7,30 +7,40 @@ costs one matrix-vector product.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from sae_zoo.functional.sparse_code import ActiveSet, concatenate
+from sae_zoo.functional.precision import operand
+from sae_zoo.functional.selection import Selection
+from sae_zoo.functional.sparse_code import ActiveSet, active_set
 
-# Elements of pre-activations that exist at once while selecting: 16 MB in float32, which stays near the caches and
-# below the size that the C library hands back to the system.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements of pre-activations that exist at once. On a CPU 16 MB in float32, which stay near the caches; on a CUDA
+# device 1 GB in bfloat16, where fewer and larger products are faster.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 29}
+# A product of fewer rows than this costs as much as it.
+_CHUNK_ROWS = 256
+
+
+def chunk_rows(x: Tensor, d_sae: int) -> int:
+    """Rows of ``x`` whose dense pre-activations may exist at once."""
+    elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS["cpu"])
+    return max(1, min(len(x), max(_CHUNK_ROWS, elements // d_sae)))
 
 
 class _DensePreActs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_centred, W_enc, b_enc, b_dec):
-        ctx.save_for_backward(x_centred, W_enc)
-        return torch.addmm(b_enc, x_centred, W_enc)
+        x_centred, weight = operand(x_centred), operand(W_enc)
+        ctx.save_for_backward(x_centred, weight)
+        return torch.addmm(b_enc.to(weight.dtype), x_centred, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        x_centred, W_enc = ctx.saved_tensors
-        d_b_enc = grad.sum(0)
-        d_b_dec = -(W_enc @ d_b_enc) if ctx.needs_input_grad[3] else None
-        return None, (grad.T @ x_centred).T, d_b_enc, d_b_dec  # transposed as W_enc is in memory
+        x_centred, weight = ctx.saved_tensors
+        d_b_enc = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+        d_b_dec = -(weight.to(d_b_enc.dtype) @ d_b_enc) if ctx.needs_input_grad[3] else None
+        d_W_enc = (grad.T @ x_centred).T  # transposed as W_enc is in memory
+        return None, d_W_enc.to(d_b_enc.dtype), d_b_enc, d_b_dec
 
 
 class _SparsePreActs(torch.autograd.Function):
@@ -42,9 +52,9 @@ class _SparsePreActs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x_centred, W_enc = ctx.saved_tensors
+        x_centred, weight = ctx.saved_tensors
         d_b_enc = ctx.active.sum_by_latent(grad)
-        d_b_dec = -(W_enc @ d_b_enc) if ctx.needs_input_grad[4] else None
+        d_b_dec = -(weight.to(grad.dtype) @ d_b_enc) if ctx.needs_input_grad[4] else None
         return None, None, ctx.active.transposed_matmul(grad, x_centred).T, d_b_enc, d_b_dec, None
 
 
@@ -61,28 +71,20 @@ def dense_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tenso
 
 
 def sparse_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None,
-                    select: Callable[[Tensor], ActiveSet]) -> tuple[Tensor, ActiveSet]:
-    """Pre-activations of the entries that ``select`` picks, and the set of them.
+                    selection: Selection) -> tuple[Tensor, ActiveSet]:
+    """Pre-activations of the entries that ``selection`` picks, and the set of them.
 
-    The dense pre-activations exist for a chunk of tokens at a time, in one buffer.
-
-    Args:
-        select: takes [rows, d_sae] pre-activations (and must not keep them) and returns their active set.
+    The dense product exists for a chunk of tokens at a time, in one buffer.
 
     Returns:
         [n_active] pre-activations, differentiable as :func:`dense_pre_acts`, and the active set of the batch.
     """
-    x_centred = x_centred.detach()
-    d_sae = W_enc.shape[1]
-    rows = min(len(x_centred), max(1, _CHUNK_ELEMENTS // d_sae))
-    parts, values = [], []
     with torch.no_grad():
-        buffer = x_centred.new_empty(rows, d_sae)
-        for piece in x_centred.split(rows):
-            pre_acts = torch.addmm(b_enc, piece, W_enc, out=buffer[: len(piece)])
-            part = select(pre_acts)
-            parts.append(part)
-            values.append(pre_acts.view(-1)[part.rows * d_sae + part.latent_ids])
-        active = concatenate(parts)
-        pre_acts = torch.cat(values)
-    return _SparsePreActs.apply(pre_acts, x_centred, W_enc, b_enc, b_dec, active), active
+        x_operand, W_operand = operand(x_centred.detach()), operand(W_enc)
+        rows, parts = chunk_rows(x_centred, W_enc.shape[1]), []
+        buffer = x_operand.new_empty(rows, W_enc.shape[1])
+        for piece in x_operand.split(rows):
+            parts.append(selection.select(torch.mm(piece, W_operand, out=buffer[: len(piece)]), b_enc))
+        counts, latent_ids, pre_acts = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        active = active_set(counts, latent_ids, W_enc.shape[1])
+    return _SparsePreActs.apply(pre_acts, x_operand, W_enc, b_enc, b_dec, active), active

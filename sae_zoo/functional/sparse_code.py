@@ -1,8 +1,7 @@
 """The active set of a batch of latents, and the two products that a training step needs on it.
 
 With k active latents a token, everything after the encoder GEMM costs 2 * batch * k * d_in a product instead of
-2 * batch * d_sae * d_in. Both products and their gradients are embedding bags (rows of one matrix, weighted and summed
-into bags), which are parallel and deterministic on a CPU and native on CUDA:
+2 * batch * d_sae * d_in:
 
 * decode:              row b of x_hat sums the decoder rows of its active latents;
 * transposed product:  row i of a weight gradient sums the tokens on which latent i is active (the same entries, sorted
@@ -13,7 +12,6 @@ into bags), which are parallel and deterministic on a CPU and native on CUDA:
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Said once a process by torch about the layout that `sampled_addmm` takes.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+from sae_zoo.functional.kernels import kernels_for
+from sae_zoo.functional.precision import operand
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +46,7 @@ class ActiveSet:
         """Share of all (token, latent) pairs that are in the set."""
         return len(self.latent_ids) / (self.batch * self.d_sae)
 
-    @cached_property
+    @property
     def rows(self) -> Tensor:
         """[n_active] int64: the token of each entry."""
         return torch.repeat_interleave(
@@ -59,33 +56,28 @@ class ActiveSet:
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Order that sorts the entries by latent, their tokens in that order, and offsets [d_sae + 1] of the latents."""
-        order = torch.sort(self.latent_ids.int(), stable=True).indices
-        counts = torch.bincount(self.latent_ids, minlength=self.d_sae)
-        return order, self.rows[order], F.pad(counts.cumsum(0), (1, 0))
+        """Offsets [d_sae + 1] of the latents, the entries in their order [n_active], and the tokens of these."""
+        return kernels_for(self.latent_ids).sort_by_latent(self.row_offsets, self.latent_ids, self.d_sae)
 
     def matmul(self, values: Tensor, weight: Tensor) -> Tensor:
         """S @ weight: [batch, d], where S [batch, d_sae] holds ``values`` [n_active] and ``weight`` is [d_sae, d]."""
-        return F.embedding_bag(self.latent_ids, weight, self.row_offsets, mode="sum", per_sample_weights=values,
-                               include_last_offset=True)
+        return kernels_for(values).bag_sum(self.row_offsets, self.latent_ids, values, weight)
 
     def transposed_matmul(self, values: Tensor, dense: Tensor) -> Tensor:
         """S^T @ dense: [d_sae, d], where ``dense`` is [batch, d]."""
-        order, rows, offsets = self._by_latent
-        return F.embedding_bag(rows, dense, offsets, mode="sum", per_sample_weights=values[order],
-                               include_last_offset=True)
+        offsets, entries, rows = self._by_latent
+        return kernels_for(values).bag_sum(offsets, rows, values[entries], dense)
 
-    def sampled_matmul(self, dense: Tensor, weight: Tensor) -> Tensor:
-        """[n_active]: the entries of dense @ weight^T ([batch, d] @ [d, d_sae]) that are in the set."""
-        pattern = torch.sparse_csr_tensor(
-            self.row_offsets, self.latent_ids, dense.new_zeros(len(self.latent_ids)), (self.batch, self.d_sae),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(pattern, dense.contiguous(), weight.T, beta=0.0).values()
+    def matmul_backward(self, values: Tensor | None, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of :meth:`matmul` for ``grad`` [batch, d]: those of the values [n_active], which are the entries of
+        grad @ weight^T in the set, and those of the weight [d_sae, d], S^T @ grad (None where ``values`` is None).
+        """
+        return kernels_for(grad).decode_backward(self._by_latent, grad, weight, values)
 
     def sum_by_latent(self, values: Tensor) -> Tensor:
-        """[d_sae]: the sum of ``values`` [n_active] over the tokens of each latent."""
-        return values.new_zeros(self.d_sae).index_add_(0, self.latent_ids, values)
+        """[d_sae]: the sum of ``values`` [n_active] over the tokens of each latent, in a fixed order."""
+        offsets, entries, _ = self._by_latent
+        return torch.segment_reduce(values[entries], "sum", offsets=offsets, initial=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +90,8 @@ class SparseCode:
     @classmethod
     def from_dense(cls, latents: Tensor) -> SparseCode:
         """The nonzero entries of ``latents`` [batch, d_sae]."""
-        active = active_from_mask(latents != 0)
-        return cls(active, latents[active.rows, active.latent_ids])
+        mask = latents != 0
+        return cls(active_set(mask.sum(1), mask.nonzero()[:, 1], latents.shape[1]), latents[mask])
 
     def to_dense(self) -> Tensor:
         """[batch, d_sae]."""
@@ -107,40 +99,24 @@ class SparseCode:
         return dense.index_put((self.active.rows, self.active.latent_ids), self.values)
 
 
-def active_from_mask(mask: Tensor) -> ActiveSet:
-    """The active set of a [batch, d_sae] bool mask."""
-    flat = mask.reshape(-1).nonzero().squeeze(1)
-    rows = torch.div(flat, mask.shape[1], rounding_mode="floor")
-    counts = torch.bincount(rows, minlength=mask.shape[0])
-    return ActiveSet(F.pad(counts.cumsum(0), (1, 0)), flat - rows * mask.shape[1], mask.shape[1])
-
-
-def active_from_indices(indices: Tensor, d_sae: int) -> ActiveSet:
-    """The active set of [batch, k] latent ids, k on every token."""
-    batch, k = indices.shape
-    return ActiveSet(torch.arange(0, batch * k + 1, k, device=indices.device), indices.reshape(-1), d_sae)
-
-
-def concatenate(parts: list[ActiveSet]) -> ActiveSet:
-    """One active set from those of consecutive pieces of a batch."""
-    if len(parts) == 1:
-        return parts[0]
-    counts = torch.cat([part.row_offsets.diff() for part in parts])
-    return ActiveSet(F.pad(counts.cumsum(0), (1, 0)), torch.cat([part.latent_ids for part in parts]), parts[0].d_sae)
+def active_set(counts: Tensor, latent_ids: Tensor, d_sae: int) -> ActiveSet:
+    """The active set whose token b has ``counts[b]`` of ``latent_ids``, which stand token after token."""
+    return ActiveSet(F.pad(counts.cumsum(0), (1, 0)), latent_ids, d_sae)
 
 
 class _SparseDecode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, W_dec, active):
-        ctx.save_for_backward(values, W_dec)
+        weight = operand(W_dec)
+        ctx.save_for_backward(values, weight)
         ctx.active = active
-        return active.matmul(values, W_dec)
+        return active.matmul(values, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        values, W_dec = ctx.saved_tensors
-        d_values = ctx.active.sampled_matmul(grad, W_dec) if ctx.needs_input_grad[0] else None
-        d_W_dec = ctx.active.transposed_matmul(values, grad) if ctx.needs_input_grad[1] else None
+        values, weight = ctx.saved_tensors
+        d_values, d_W_dec = ctx.active.matmul_backward(
+            values if ctx.needs_input_grad[1] else None, grad.to(weight.dtype), weight)
         return d_values, d_W_dec, None
 
 

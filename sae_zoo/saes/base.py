@@ -1,10 +1,10 @@
 """What every SAE shares: parameters, input scale, encode and decode, and the training loss on the active set.
 
-One training step, the same for every variant: encoder GEMM -> ``select`` (which entries are active) -> ``latents`` (what
-value each takes) -> decode over the active set -> squared error + ``penalty`` -> backward over the active set. A variant
-gives ``select`` (or the bound that its entries exceed), ``latents`` and ``penalty``: its equation and nothing else.
-Whether a step runs on the active set or densely is decided from the density that the step before measured; both give
-the same gradients.
+One training step, the same for every variant: encoder GEMM -> ``selection`` (which entries are active) -> ``latents``
+(what value each takes) -> decode over the active set -> squared error + what the variant adds -> backward over the active
+set. A variant gives ``selection``, ``latents``, ``sums`` and ``terms``: its equation and nothing else. Whether a step
+runs on the active set or densely is decided from the density that the step before measured; both give the same
+gradients, and neither holds the pre-activations of more than a chunk of tokens.
 
 Training works in units where E||x||^2 = 1 (``input_scale`` divides raw activations); everything public takes and gives
 raw activations.
@@ -17,16 +17,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sae_zoo.functional.decoder import normalise_rows_
-from sae_zoo.functional.encoder import dense_pre_acts, sparse_pre_acts
-from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, active_from_mask, sparse_decode
+from sae_zoo.functional.encoder import chunk_rows, dense_pre_acts, sparse_pre_acts
+from sae_zoo.functional.kernels import has_kernels
+from sae_zoo.functional.precision import operand
+from sae_zoo.functional.selection import Selection
+from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, sparse_decode
 from sae_zoo.saes.lightning import LightningSAE
 from sae_zoo.training.recipe import Recipe
-
-_SPARSE_DEVICES = ("cpu", "cuda")  # where torch has sampled_addmm
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,24 +39,41 @@ class SAEOutput:
 
 
 @dataclass(frozen=True, eq=False)
+class Counts:
+    """What a step saw fire.
+
+    Attributes:
+        fired: [d_sae] bool: latents that were above 0 on some token.
+        n_fired: number of (token, latent) pairs above 0.
+        n_selected: number of pairs in the active set, which the sparse path pays for.
+        n_tokens: tokens.
+    """
+
+    fired: Tensor
+    n_fired: Tensor
+    n_selected: Tensor
+    n_tokens: int
+
+
+@dataclass(frozen=True, eq=False)
 class SAELoss:
-    """Attributes: ``total`` (what is minimised), ``terms`` (its parts by name), ``step`` (what they were made from)."""
+    """Attributes: ``total`` (what is minimised), ``terms`` (its parts by name), ``counts``."""
 
     total: Tensor
     terms: dict[str, Tensor]
-    step: Step
+    counts: Counts
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The tensors of one training step, in normalised units; elementwise ones are [batch, d_sae] on the dense path and
-    [n_active] on the sparse one, so that a variant's formulas serve both.
+    """The tensors of one training step, or of some of its tokens, in normalised units; elementwise ones are
+    [tokens, d_sae] on the dense path and [n_active] on the sparse one, so that a variant's formulas serve both.
 
     Attributes:
-        x: [batch, d_in].
+        x: [tokens, d_in].
         pre_acts, latents: pre-activations and the latents made from them.
         active: the active set; None on the dense path.
-        x_hat: [batch, d_in].
+        x_hat: [tokens, d_in].
     """
 
     x: Tensor
@@ -66,21 +84,30 @@ class Step:
 
     def of_latent(self, parameter: Tensor) -> Tensor:
         """A [d_sae] parameter, laid out as ``pre_acts`` is."""
-        # Not parameter[ids]: its gradient is added up by several threads in no fixed order, and a run could not be
-        # repeated or resumed to the bit.
-        return parameter if self.active is None else parameter.index_select(0, self.active.latent_ids)
-
-    def mean_sum(self, values: Tensor) -> Tensor:
-        """Sum over latents, mean over the batch."""
-        return values.sum() / len(self.x)
+        return at_latents(parameter, None if self.active is None else self.active.latent_ids)
 
     def decode(self, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-        """[batch, d_in] from values laid out as ``pre_acts``."""
+        """[tokens, d_in] from values laid out as ``pre_acts``."""
         return _decode(values, self.active, W_dec) + b_dec
 
 
+def at_latents(parameter: Tensor, ids: Tensor | None) -> Tensor:
+    """``parameter`` [d_sae], or its entries at ``ids``."""
+    # Not parameter[ids]: its gradient is added up by several threads in no fixed order, and a run could not be repeated
+    # or resumed to the bit.
+    return parameter if ids is None else parameter.index_select(0, ids)
+
+
+def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
+    """Sum over tokens and dimensions."""
+    return (x_hat - x).square().sum()
+
+
 def _decode(values: Tensor, active: ActiveSet | None, W_dec: Tensor) -> Tensor:
-    return values @ W_dec if active is None else sparse_decode(SparseCode(active, values), W_dec)
+    if active is None:
+        weight = operand(W_dec)
+        return values.to(weight.dtype) @ weight
+    return sparse_decode(SparseCode(active, values), W_dec)
 
 
 class SAE(LightningSAE, ABC):
@@ -128,27 +155,23 @@ class SAE(LightningSAE, ABC):
 
     # What a variant says.
 
-    def lower_bound(self, *, training: bool) -> Tensor | float:
-        """Pre-activations above it ([d_sae] or a number) are active or, in ``training``, receive a gradient."""
-        raise NotImplementedError  # a variant gives this or select
-
-    def select(self, pre_acts: Tensor, *, training: bool) -> ActiveSet:
-        """The active set of [rows, d_sae] pre-activations."""
-        return active_from_mask(pre_acts > self.lower_bound(training=training))
-
-    def n_selected(self, pre_acts: Tensor) -> Tensor:
-        """Size of the training active set of [batch, d_sae] pre-activations, without making it."""
-        return (pre_acts > self.lower_bound(training=True)).sum()
+    @abstractmethod
+    def selection(self, *, training: bool) -> Selection:
+        """Which entries are active or, in ``training``, receive a gradient."""
 
     @abstractmethod
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        """Values of latents, elementwise on pre-activations: [batch, d_sae] with ``ids`` None, or [n_active] with the
+        """Values of latents, elementwise on pre-activations: [tokens, d_sae] with ``ids`` None, or [n_active] with the
         latent of each entry.
         """
 
     @abstractmethod
-    def penalty(self, step: Step) -> dict[str, Tensor]:
-        """The variant's loss terms beside the squared error, coefficients included."""
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        """What the loss takes from a step beside the squared error, each a sum over its tokens."""
+
+    @abstractmethod
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Loss terms, coefficients included, from :meth:`sums` over the batch divided by its tokens."""
 
     @property
     def unit_norm_decoder(self) -> bool:
@@ -185,7 +208,7 @@ class SAE(LightningSAE, ABC):
         """:meth:`encode` without the zeros, and without the memory that they would take."""
         pre_acts, active = sparse_pre_acts(
             self._centre(self._normalise(x)), self.W_enc, getattr(self, self.encoder_bias), None,
-            lambda piece: self.select(piece, training=False),
+            self.selection(training=False),
         )
         return SparseCode(active, self.latents(pre_acts, active.latent_ids) * self.input_scale)
 
@@ -209,15 +232,31 @@ class SAE(LightningSAE, ABC):
     # The training step.
 
     def run(self, x: Tensor, *, sparse: bool) -> Step:
-        """Encoder to reconstruction of normalised ``x`` [batch, d_in]."""
+        """Encoder to reconstruction of normalised ``x`` [tokens, d_in]."""
         b_dec = self.b_dec if self.subtract_b_dec else None
         arguments = (self._centre(x), self.W_enc, getattr(self, self.encoder_bias), b_dec)
         if sparse:
-            pre_acts, active = sparse_pre_acts(*arguments, lambda piece: self.select(piece, training=True))
+            pre_acts, active = sparse_pre_acts(*arguments, self.selection(training=True))
         else:
             pre_acts, active = dense_pre_acts(*arguments), None
         latents = self.latents(pre_acts, None if active is None else active.latent_ids)
         return Step(x, pre_acts, latents, active, _decode(latents, active, self.W_dec) + self.b_dec)
+
+    @torch.no_grad()
+    def _counts(self, step: Step) -> Counts:
+        firing = step.latents > 0
+        if step.active is None:
+            fired = firing.any(0)
+            n_selected = self.selection(training=True).mask(step.pre_acts).sum()
+        else:
+            fired = torch.zeros(self.d_sae, dtype=torch.bool, device=firing.device)
+            fired[step.active.latent_ids[firing]] = True
+            n_selected = torch.tensor(len(firing), device=firing.device)
+        return Counts(fired, firing.sum(), n_selected, len(step.x))
+
+    def _piece(self, x: Tensor, sparse: bool) -> tuple[dict[str, Tensor], Counts]:
+        step = self.run(x, sparse=sparse)
+        return {"reconstruction": squared_error(step.x_hat, x), **self.sums(step)}, self._counts(step)
 
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:
         """The training loss of raw activations [batch, d_in], in normalised units.
@@ -226,7 +265,17 @@ class SAE(LightningSAE, ABC):
             sparse: run on the active set or densely; None decides by the density measured last.
         """
         if sparse is None:
-            sparse = x.device.type in _SPARSE_DEVICES and float(self.density) < self.sparse_below_density
-        step = self.run(self._normalise(x), sparse=sparse)
-        terms = {"reconstruction": F.mse_loss(step.x_hat, step.x, reduction="sum") / len(x), **self.penalty(step)}
-        return SAELoss(sum(terms.values()), terms, step)
+            sparse = has_kernels(x.device.type) and float(self.density) < self.sparse_below_density
+        x = self._normalise(x)
+        rows = len(x) if sparse else chunk_rows(x, self.d_sae)
+        if rows >= len(x):
+            sums, counts = self._piece(x, sparse)
+        else:  # nothing of a chunk but its sums is kept for the backward pass, which computes it again
+            pieces = [checkpoint(self._piece, piece, sparse, use_reentrant=False) for piece in x.split(rows)]
+            sums = {name: sum(piece[name] for piece, _ in pieces) for name in pieces[0][0]}
+            each = [counts for _, counts in pieces]
+            counts = Counts(torch.stack([c.fired for c in each]).any(0), sum(c.n_fired for c in each),
+                            sum(c.n_selected for c in each), len(x))
+        means = {name: value / len(x) for name, value in sums.items()}
+        terms = {"reconstruction": means.pop("reconstruction"), **self.terms(means)}
+        return SAELoss(sum(terms.values()), terms, counts)

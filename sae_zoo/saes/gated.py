@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sae_zoo.saes.base import SAE, Step
+from sae_zoo.functional.selection import Above, Selection
+from sae_zoo.saes.base import SAE, Step, at_latents, squared_error
 
 FORMS = ("original", "ri_l1")
 
@@ -44,21 +44,20 @@ class GatedSAE(SAE):
     def unit_norm_decoder(self) -> bool:
         return self.form == "original"
 
-    def lower_bound(self, *, training: bool) -> float:
-        return 0.0
+    def selection(self, *, training: bool) -> Selection:
+        return Above(0.0)
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        b_gate, b_mag, r_mag = (
-            p if ids is None else p.index_select(0, ids) for p in (self.b_gate, self.b_mag, self.r_mag))
+        b_gate, b_mag, r_mag = (at_latents(p, ids) for p in (self.b_gate, self.b_mag, self.r_mag))
         return torch.relu(r_mag.exp() * (pre_acts - b_gate) + b_mag) * (pre_acts > 0)
 
-    def penalty(self, step: Step) -> dict[str, Tensor]:
+    def sums(self, step: Step) -> dict[str, Tensor]:
         gate = torch.relu(step.pre_acts)
         frozen = step.decode(gate, self.W_dec.detach(), self.b_dec.detach())
         weighted = gate
         if self.form == "ri_l1":
             weighted = gate * step.of_latent(torch.linalg.vector_norm(self.W_dec, dim=1))
-        return {
-            "sparsity": self.coefficient * step.mean_sum(weighted),
-            "auxiliary": F.mse_loss(frozen, step.x, reduction="sum") / len(step.x),
-        }
+        return {"l1": weighted.sum(dtype=torch.float32), "auxiliary": squared_error(frozen, step.x)}
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sparsity": self.coefficient * means["l1"], "auxiliary": means["auxiliary"]}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sae_zoo.functional.activations import heaviside, jumprelu, kernel_half_width
-from sae_zoo.saes.base import SAE, Step
+from sae_zoo.functional.selection import Above, Selection
+from sae_zoo.saes.base import SAE, Step, at_latents
 
 LOSSES = ("l0", "l0_target", "l0_target_gemma_scope_2")
 
@@ -64,19 +65,20 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        super().constrain()
         if self.threshold_as == "raw":
             self.threshold_parameter.clamp_min_(0.0)
 
-    def lower_bound(self, *, training: bool) -> Tensor:
-        return self.threshold.detach() - (self.half_width if training else 0.0)
+    def selection(self, *, training: bool) -> Selection:
+        return Above(self.threshold.detach() - (self.half_width if training else 0.0))
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        threshold = self.threshold if ids is None else self.threshold.index_select(0, ids)
-        return jumprelu(pre_acts, threshold, **self.window)
+        return jumprelu(pre_acts, at_latents(self.threshold, ids), **self.window)
 
-    def penalty(self, step: Step) -> dict[str, Tensor]:
-        l0 = step.mean_sum(heaviside(step.pre_acts, step.of_latent(self.threshold), **self.window))
+    def sums(self, step: Step) -> dict[str, Tensor]:
+        return {"l0": heaviside(step.pre_acts, step.of_latent(self.threshold), **self.window).sum()}
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        l0 = means["l0"]
         if self.sparsity_loss == "l0_target":
             l0 = (l0 / self.l0_target - 1).square()
         elif self.sparsity_loss == "l0_target_gemma_scope_2":

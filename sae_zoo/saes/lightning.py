@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from sae_zoo.functional.decoder import normalise_rows_, remove_parallel_
+from sae_zoo.training.adam import Adam
 from sae_zoo.training.control import l0_error, next_log_coefficient
 from sae_zoo.training.recipe import Recipe
 from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
@@ -85,31 +85,23 @@ class LightningSAE(pl.LightningModule):
 
     def configure_optimizers(self):
         recipe = self.recipe
-        thresholds = {name for name, _ in self.named_parameters() if "threshold" in name}
-        groups = [
-            {"params": [p for n, p in self.named_parameters() if n not in thresholds], "lr": recipe.lr},
-            {"params": [p for n, p in self.named_parameters() if n in thresholds], "lr": recipe.threshold_lr},
-        ]
-        optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(recipe.beta1, recipe.beta2),
-                                     eps=recipe.adam_eps, fused=True)
+        parameters = dict(self.named_parameters())
+        groups = [{"params": [parameters.pop("W_dec")], "unit_rows": self.unit_norm_decoder}]
+        if thresholds := [parameters.pop(name) for name in list(parameters) if "threshold" in name]:
+            groups.append({"params": thresholds, "lr": recipe.threshold_lr})
+        groups.append({"params": list(parameters.values())})
+        optimizer = Adam(groups, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(
             step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps, start_factor=recipe.lr_start_factor,
             decay_fraction=recipe.lr_decay_fraction))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_before_optimizer_step(self, optimizer) -> None:
-        if self.unit_norm_decoder:
-            remove_parallel_(self.W_dec.grad, self.W_dec)
-
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         self.constrain()
 
-    @torch.no_grad()
     def constrain(self) -> None:
-        """What is enforced after every step: unit decoder rows, where the variant has them."""
-        if self.unit_norm_decoder:
-            normalise_rows_(self.W_dec)
+        """What a variant enforces after every step, beside unit decoder rows, which the optimiser keeps."""
 
     @property
     def coefficient(self) -> float:
@@ -130,9 +122,9 @@ class LightningSAE(pl.LightningModule):
         if not torch.isfinite(loss.total):
             raise ValueError(f"loss is {loss.total.item()} at step {self.global_step}; lower recipe.lr "
                              f"({self.recipe.lr}) or check the activations")
-        l0 = self._count(loss.step)
+        l0 = self._count(loss.counts)
         if self.global_step % self.trainer.log_every_n_steps == 0:
-            x = loss.step.x
+            x = self._normalise(batch)
             fvu = loss.terms["reconstruction"].detach() * len(x) / (x - x.mean(0)).square().sum()
             self.log_dict({"L0": l0, "FVU": fvu}, prog_bar=True)
             self.log_dict({"loss": loss.total.detach(), "coefficient": self.coefficient,
@@ -142,17 +134,11 @@ class LightningSAE(pl.LightningModule):
         return loss.total
 
     @torch.no_grad()
-    def _count(self, step) -> float:
+    def _count(self, counts) -> float:
         """Update counters with what a step saw on all devices; returns its L0."""
-        fired = step.latents > 0
-        if step.active is None:
-            fired_ids, n_selected = fired.any(0).nonzero().squeeze(1), self.n_selected(step.pre_acts)
-        else:
-            fired_ids, n_selected = step.active.latent_ids[fired], fired.numel()
-        silent = torch.ones(self.d_sae, dtype=torch.uint8, device=fired.device)
-        silent[fired_ids] = 0
-        totals = torch.tensor([float(fired.sum()), float(n_selected), len(step.x)], dtype=torch.float64,
-                              device=fired.device)
+        silent = (~counts.fired).to(torch.uint8)
+        totals = torch.stack([counts.n_fired, counts.n_selected, torch.full_like(counts.n_fired, counts.n_tokens)])
+        totals = totals.to(torch.float64)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(silent, op=torch.distributed.ReduceOp.MIN)
             torch.distributed.all_reduce(totals)

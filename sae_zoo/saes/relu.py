@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae_zoo.functional.selection import Above, Selection
 from sae_zoo.saes.base import SAE, Step
 
 FORMS = ("l1", "norm_weighted")
@@ -36,14 +37,17 @@ class ReLUSAE(SAE):
     def unit_norm_decoder(self) -> bool:
         return self.form == "l1"
 
-    def lower_bound(self, *, training: bool) -> float:
-        return 0.0
+    def selection(self, *, training: bool) -> Selection:
+        return Above(0.0)
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
         return torch.relu(pre_acts)
 
-    def penalty(self, step: Step) -> dict[str, Tensor]:
+    def sums(self, step: Step) -> dict[str, Tensor]:
         weighted = step.latents
         if self.form == "norm_weighted":
             weighted = weighted * step.of_latent(torch.linalg.vector_norm(self.W_dec, dim=1))
-        return {"sparsity": self.coefficient * step.mean_sum(weighted)}
+        return {"l1": weighted.sum(dtype=torch.float32)}
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"sparsity": self.coefficient * means["l1"]}

@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from sae_zoo.functional.sparse_code import ActiveSet, active_from_indices
-from sae_zoo.saes.base import SAE, Step
+from sae_zoo.functional.encoder import chunk_rows
+from sae_zoo.functional.selection import Largest, Selection
+from sae_zoo.saes.base import SAE, Step, squared_error
 
 
 class TopKSAE(SAE):
@@ -45,28 +47,34 @@ class TopKSAE(SAE):
     def start_at(self, quantiles: Tensor) -> None:
         """TopK has no threshold to start."""
 
-    def select(self, pre_acts: Tensor, *, training: bool) -> ActiveSet:
-        return active_from_indices(pre_acts.topk(self.k, dim=1, sorted=False).indices, self.d_sae)
-
-    def n_selected(self, pre_acts: Tensor) -> Tensor:
-        return torch.tensor(self.k * len(pre_acts))
+    def selection(self, *, training: bool) -> Selection:
+        return Largest(self.k)
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
         if ids is None:
-            kept = pre_acts.topk(self.k, dim=1, sorted=False).indices
-            mask = torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, kept, True)
-            pre_acts = pre_acts * mask
+            pre_acts = pre_acts * Largest(self.k).mask(pre_acts)
         return torch.relu(pre_acts)
 
-    def penalty(self, step: Step) -> dict[str, Tensor]:
+    def sums(self, step: Step) -> dict[str, Tensor]:
         if not self.auxk_coefficient:
             return {}
         dead = self.dead.nonzero().squeeze(1)
         if not len(dead):
             return {}
         residual = (step.x - step.x_hat).detach()
-        pre_acts = torch.addmm(self.b_enc[dead], self._centre(step.x).detach(), self.W_enc[:, dead])
-        largest = pre_acts.topk(min(self.d_in // 2, len(dead)), dim=1, sorted=False)
+        weights = [self.W_enc.index_select(1, dead), self.b_enc.index_select(0, dead), self.W_dec.index_select(0, dead)]
+        rows = chunk_rows(residual, len(dead))
+        errors = [checkpoint(self._auxk_error, *pieces, *weights, use_reentrant=False)
+                  for pieces in zip(self._centre(step.x).detach().split(rows), residual.split(rows), strict=True)]
+        return {"auxk_error": sum(errors), "residual": residual.square().sum()}
+
+    def _auxk_error(self, x_centred: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
+        pre_acts = torch.addmm(b_enc, x_centred, W_enc)
+        largest = pre_acts.topk(min(self.d_in // 2, len(b_enc)), dim=1, sorted=False)
         latents = torch.zeros_like(pre_acts).scatter(1, largest.indices, torch.relu(largest.values))
-        error = (residual - latents @ self.W_dec[dead]).square().sum()
-        return {"auxk": self.auxk_coefficient * error / residual.square().sum().clamp_min(1e-12)}
+        return squared_error(latents @ W_dec, residual)
+
+    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not means:
+            return {}
+        return {"auxk": self.auxk_coefficient * means["auxk_error"] / means["residual"].clamp_min(1e-12)}

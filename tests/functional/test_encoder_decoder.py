@@ -1,8 +1,11 @@
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from sae_zoo.functional.decoder import normalise_rows_, remove_parallel_
-from sae_zoo.functional.encoder import dense_pre_acts, sparse_pre_acts
-from sae_zoo.functional.sparse_code import active_from_mask
+from sae_zoo.functional.decoder import normalise_rows_
+from sae_zoo.functional.encoder import _CHUNK_ELEMENTS, dense_pre_acts, sparse_pre_acts
+from sae_zoo.functional.selection import Above, Largest
+from sae_zoo.functional.sparse_code import SparseCode, active_set
 
 
 def parameters(generator):
@@ -23,26 +26,59 @@ def test_dense_gradients_equal_automatic_ones(generator):
 
 
 def test_sparse_values_and_gradients_equal_automatic_ones_in_chunks(generator, monkeypatch):
-    monkeypatch.setattr("sae_zoo.functional.encoder._CHUNK_ELEMENTS", 14)  # two rows a chunk
+    monkeypatch.setattr("sae_zoo.functional.encoder._CHUNK_ROWS", 2)
+    monkeypatch.setitem(_CHUNK_ELEMENTS, "cpu", 1)
     x, *weights = parameters(generator)
     W_enc, b_enc, b_dec = weights
     full = (x - b_dec) @ W_enc + b_enc
     mask = full > 0.3
     upstream = torch.randn(int(mask.sum()), generator=generator).double()
     expected = torch.autograd.grad(full[mask], weights, upstream)
-    values, active = sparse_pre_acts(x - b_dec, W_enc, b_enc, b_dec, lambda piece: active_from_mask(piece > 0.3))
+    values, active = sparse_pre_acts(x - b_dec, W_enc, b_enc, b_dec, Above(0.3))
     torch.testing.assert_close(values, full[mask])
     for a, b in zip(torch.autograd.grad(values, weights, upstream), expected, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_unit_rows_and_projection(generator):
+@settings(deadline=None, max_examples=200)
+@given(rows=st.integers(1, 9), d_sae=st.integers(1, 300), share=st.floats(0, 1), ties=st.booleans(),
+       seed=st.integers(0, 10**6), threads=st.integers(1, 3))
+def test_selection_equals_its_mask(rows, d_sae, share, ties, seed, threads):
+    generator = torch.Generator().manual_seed(seed)
+    product, bias = torch.randn(rows, d_sae, generator=generator), torch.randn(d_sae, generator=generator)
+    if ties:
+        product, bias = product.round(), bias.round()
+    dense, before = product + bias, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        bound = dense.flatten().sort().values[int(share * (dense.numel() - 1))]
+        per_latent = bound + torch.rand(d_sae, generator=generator).round()
+        k = 1 + int(share * (d_sae - 1))
+        picked = [(rule, rule.select(product, bias)) for rule in (Above(float(bound)), Above(per_latent), Largest(k))]
+    finally:
+        torch.set_num_threads(before)
+    for rule, (counts, ids, values) in picked:
+        code = SparseCode(active_set(counts, ids, d_sae), values)
+        chosen = SparseCode(code.active, torch.ones_like(values)).to_dense().bool()
+        assert chosen.sum() == len(ids), "an entry was picked twice"
+        assert torch.equal(chosen.sum(1), counts) and torch.equal(values, dense[code.active.rows, ids])
+        if isinstance(rule, Above):
+            assert torch.equal(chosen, rule.mask(dense))
+        else:  # which of equal entries is free; the values are not
+            mask = rule.mask(dense)
+            assert counts.tolist() == [k] * rows
+            for row, ours, theirs in zip(dense, chosen, mask, strict=True):
+                assert torch.equal(row[ours].sort().values, row[theirs].sort().values)
+
+
+def test_selection_finds_room_for_everything():
+    product, bias = torch.ones(64, 2000), torch.zeros(2000)
+    counts, ids, values = Above(0.5).select(product, bias)
+    assert counts.tolist() == [2000] * 64 and torch.equal(ids, torch.arange(2000).repeat(64)) and (values == 1).all()
+
+
+def test_unit_rows(generator):
     W = torch.randn(4, 3, generator=generator)
     W[2] = 0
     normalise_rows_(W)
     torch.testing.assert_close(W.norm(dim=1), torch.tensor([1.0, 1, 0, 1]))
-    gradient = torch.randn(4, 3, generator=generator)
-    projected = gradient.clone()
-    remove_parallel_(projected, W)
-    torch.testing.assert_close((projected * W).sum(1), torch.zeros(4), atol=1e-6, rtol=0)
-    torch.testing.assert_close(projected + (gradient * W).sum(1, keepdim=True) * W, gradient)

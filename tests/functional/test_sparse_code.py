@@ -3,13 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_zoo.functional.sparse_code import (
-    SparseCode,
-    active_from_indices,
-    active_from_mask,
-    concatenate,
-    sparse_decode,
-)
+from sae_zoo.functional.sparse_code import SparseCode, active_set, sparse_decode
 
 cases = st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 6), st.floats(0, 1), st.integers(0, 10**6))
 
@@ -34,22 +28,16 @@ def test_products_equal_dense_ones(case):
     torch.testing.assert_close(active.transposed_matmul(values, dense), latents.T @ dense)
     torch.testing.assert_close(active.sum_by_latent(values), latents.sum(0))
     expected = (dense @ weight.T)[active.rows, active.latent_ids]
-    torch.testing.assert_close(active.sampled_matmul(dense, weight), expected)
+    for wanted in (values, None):
+        d_values, d_weight = active.matmul_backward(wanted, dense, weight)
+        torch.testing.assert_close(d_values, expected)
+    assert d_weight is None
+    torch.testing.assert_close(active.matmul_backward(values, dense, weight)[1], latents.T @ dense)
 
 
-@settings(deadline=None)
-@given(cases)
-def test_pieces_concatenate_to_the_whole(case):
-    mask = make(case)[0] != 0
-    whole = active_from_mask(mask)
-    parts = concatenate([active_from_mask(piece) for piece in mask.split(2)])
-    assert torch.equal(parts.row_offsets, whole.row_offsets) and torch.equal(parts.latent_ids, whole.latent_ids)
-
-
-def test_indices():
-    active = active_from_indices(torch.tensor([[2, 0], [1, 2]]), 4)
-    dense = SparseCode(active, torch.tensor([1.0, 2.0, 3.0, 4.0])).to_dense()
-    assert dense.tolist() == [[2, 0, 1, 0], [0, 3, 4, 0]]
+def test_active_set_from_counts():
+    active = active_set(torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1]), 4)
+    assert SparseCode(active, torch.tensor([1.0, 2.0, 3.0])).to_dense().tolist() == [[2, 0, 1, 0], [0] * 4, [0, 3, 0, 0]]
 
 
 def test_decode_gradients_in_float64():

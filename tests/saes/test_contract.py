@@ -5,6 +5,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from sae_zoo.config import CONFIG_DIR, build_sae
+from sae_zoo.functional import encoder
+from sae_zoo.functional.decoder import normalise_rows_
 from sae_zoo.saes import variants
 from sae_zoo.saes.base import Step
 from sae_zoo.saes.io import folded_weights, load_sae, save_sae
@@ -40,6 +42,8 @@ def sae(request):
     with torch.no_grad():  # away from the start, where ties could hide a transposed or missing term
         for parameter in sae.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        if sae.unit_norm_decoder:
+            normalise_rows_(sae.W_dec)
         sae.constrain()
         sae.tokens_since_fired[::4] = 10**9  # some dead latents, for losses about them
     return sae
@@ -49,7 +53,8 @@ def test_every_variant_has_a_config():
     assert {config(path.stem).sae.variant for path in (CONFIG_DIR / "sae").glob("*.yaml")} == set(variants())
 
 
-def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae):
+def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae, monkeypatch):
+    monkeypatch.setitem(encoder._CHUNK_ELEMENTS, "cpu", 1)
     raw = activations()
     x = raw / sae.input_scale
 
@@ -57,20 +62,22 @@ def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae):
     pre_acts = (x - sae.b_dec) @ sae.W_enc + getattr(sae, sae.encoder_bias)
     latents = sae.latents(pre_acts, None)
     x_hat = latents @ sae.W_dec + sae.b_dec
-    terms = sae.penalty(Step(x, pre_acts, latents, None, x_hat))
+    sums = sae.sums(Step(x, pre_acts, latents, None, x_hat))
+    terms = sae.terms({name: value / len(x) for name, value in sums.items()})
     oracle = (x - x_hat).square().sum() / len(x) + sum(terms.values())
     oracle.backward()
     expected = {name: p.grad for name, p in sae.named_parameters()}
     assert all(g is not None and g.abs().sum() > 0 for g in expected.values())
 
-    for sparse in (True, False):
+    for sparse, rows in ((True, 256), (False, 256), (True, 64), (False, 64)):
+        monkeypatch.setattr(encoder, "_CHUNK_ROWS", rows)  # 64: four chunks
         sae.zero_grad()
         loss = sae.loss(raw, sparse=sparse)
         loss.total.backward()
         assert loss.total.item() == pytest.approx(oracle.item(), rel=1e-5)
         for name, p in sae.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item(),
-                                       msg=lambda m, name=name, sparse=sparse: f"{name}, sparse={sparse}: {m}")
+                                       msg=lambda m, name=name, case=(sparse, rows): f"{name}, {case}: {m}")
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIG_DIR / "sae").glob("*.yaml"))])
@@ -96,21 +103,23 @@ def test_dense_and_sparse_encoders_agree(sae):
     assert (sae.encode(x) >= 0).all()
 
 
-def test_the_measured_density_is_that_of_the_active_set(sae):
-    x = activations()
-    sae._count(sae.run(x / sae.input_scale, sparse=False))
-    dense = float(sae.density)
-    sae._count(sae.run(x / sae.input_scale, sparse=True))
-    assert dense == pytest.approx(float(sae.density))
+def test_counts_of_both_paths(sae):
+    raw = activations()
+    sparse, dense = (sae.loss(raw, sparse=sparse).counts for sparse in (True, False))
+    fires = sae.encode(raw) > 0
+    assert torch.equal(sparse.fired, fires.any(0)) and torch.equal(dense.fired, fires.any(0))
+    assert int(sparse.n_fired) == int(dense.n_fired) == int(fires.sum())
+    assert int(sparse.n_selected) == int(dense.n_selected) >= int(fires.sum())
 
 
 def test_counters(sae):
     raw = activations()
     sae.tokens_since_fired.fill_(7)
-    step = sae.loss(raw).step
-    l0 = sae._count(step)
+    counts = sae.loss(raw).counts
+    l0 = sae._count(counts)
     dense = sae.encode(raw)
     assert l0 == pytest.approx((dense > 0).sum().item() / BATCH)
+    assert float(sae.density) == pytest.approx(int(counts.n_selected) / (BATCH * D_SAE))
     assert torch.equal(sae.tokens_since_fired, torch.where((dense > 0).any(0), 0, 7 + BATCH))
 
 

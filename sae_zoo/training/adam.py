@@ -1,0 +1,95 @@
+"""Adam (Kingma and Ba 2015, arXiv 1412.6980) that knows about decoder rows.
+
+What torch's lacks: it keeps no first moment where beta1 is 0, and in the one pass over a parameter it also removes from
+the gradient the component along each unit row, and scales the rows back to norm 1 after the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def adam_reference_(weight: Tensor, grad: Tensor, first: Tensor | None, second: Tensor, numbers: Tensor, *,
+                    unit_rows: bool) -> None:
+    """One step in plain tensor operations, in place: what a CUDA device compiles, and what tests compare with.
+
+    Args:
+        weight, grad, second: [rows, d]; ``first`` too, or None where beta1 is 0.
+        numbers: [5]: learning rate / (1 - beta1^t), beta1, beta2, 1 / sqrt(1 - beta2^t), eps. A tensor, so that a new
+            value does not mean a new compilation.
+        unit_rows: see :class:`Adam`.
+    """
+    step_size, beta1, beta2, scale, eps = numbers.unbind()
+    if unit_rows:
+        grad = grad - torch.linalg.vecdot(grad, weight).unsqueeze(1) * weight
+    second.copy_(beta2 * second + (1 - beta2) * grad.square())
+    if first is not None:
+        grad = first.copy_(beta1 * first + (1 - beta1) * grad)
+    new = weight - step_size * grad / (second.sqrt() * scale + eps)
+    if unit_rows:
+        new = new / torch.linalg.vector_norm(new, dim=1, keepdim=True).clamp_min(torch.finfo(new.dtype).tiny)
+    weight.copy_(new)
+
+
+@cache
+def _compiled() -> Any:
+    return torch.compile(adam_reference_)
+
+
+def _rows(tensor: Tensor, *, like: Tensor) -> Tensor:
+    """``tensor`` as a matrix, seen so that the rows of ``like``, seen so, are contiguous."""
+    if like.ndim == 2:
+        return tensor if like.is_contiguous() else tensor.T
+    return tensor.view(1, -1)
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam; state ``exp_avg_sq``, and ``exp_avg`` only where beta1 is not 0.
+
+    Args:
+        params: parameters or groups of them. A group with ``unit_rows=True`` holds matrices whose rows have norm 1: the
+            gradient's component along a row is removed before the moments see it, and rows have norm 1 after the step
+            (Gated SAEs and Gemma Scope, PAPER.md section 2).
+        lr, beta1, beta2, eps: Adam's.
+    """
+
+    def __init__(self, params: Iterable, *, lr: float, beta1: float, beta2: float, eps: float):
+        super().__init__(params, {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "unit_rows": False})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step; returns what ``closure`` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+        return loss
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, beta1, beta2 = self.state[parameter], group["beta1"], group["beta2"]
+        if not state:
+            state["step"] = 0
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if beta1:
+                state["exp_avg"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        numbers = {"step_size": group["lr"] / (1 - beta1 ** state["step"]), "beta1": beta1, "beta2": beta2,
+                   "scale": (1 - beta2 ** state["step"]) ** -0.5, "eps": group["eps"]}
+        tensors = [None if t is None else _rows(t, like=parameter)
+                   for t in (parameter, parameter.grad, state.get("exp_avg"), state["exp_avg_sq"])]
+        if parameter.device.type == "cpu":
+            from sae_zoo.functional.cpu_kernels import adam_  # numba, which a CUDA machine never needs
+
+            adam_(*tensors, **numbers, unit_rows=group["unit_rows"])
+        else:
+            step = _compiled() if parameter.device.type == "cuda" else adam_reference_
+            step(*tensors, torch.tensor(list(numbers.values()), device=parameter.device), unit_rows=group["unit_rows"])
