@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,12 @@ _GROUPS_OF_SWEEP = ("corpus", "data", "lm", "evaluation")
 def one_line(error: BaseException) -> str:
     """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def compose_config(entry_point: str, overrides: Sequence[str]) -> DictConfig:
+    """The config that ``python -m sae_zoo.<entry_point> *overrides`` would have, for use from Python."""
+    with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        return hydra.compose(entry_point, list(overrides))
 
 
 def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> None:

@@ -51,7 +51,7 @@ def test_functional_is_torch_only_but_for_its_kernels():
     for module, path in MODULES.items():
         if "functional" in module.parts:
             allowed = sys.stdlib_module_names | {"torch", "sae_zoo"} | {
-                "cpu_kernels": {"numpy", "numba"}, "cuda_kernels": {"triton"}}.get(module.stem, set())
+                "cpu_kernels": {"numpy", "numba"}, "triton_kernels": {"triton"}}.get(module.stem, set())
             foreign = {name.split(".")[0] for name in imports(path)} - allowed
             assert not foreign, f"{module} imports {foreign}"
 
