@@ -10,6 +10,7 @@ import logging
 import shutil
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def _logger(cfg: DictConfig, run_dir: Path) -> list:
     return loggers
 
 
-def fit(cfg: DictConfig, source: Source, run_dir: Path) -> SAE:
+def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[pl.Callback] = ()) -> SAE:
     """Train the SAE of ``cfg`` on ``source``, from the last checkpoint in ``run_dir`` if there is one."""
     activations = source.activations
     sae = build_sae(cfg, d_in=activations.d_in, input_scale=activations.mean_squared_norm**0.5)
@@ -76,7 +77,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path) -> SAE:
     else:
         n_rows = min(_START_ROWS, activations.n_rows("train"))
         sae.initialise(activations.rows("train", 0, n_rows))
-    callbacks: list[pl.Callback] = [ModelCheckpoint(
+    callbacks = [*callbacks, ModelCheckpoint(
         checkpoint.parent, save_top_k=0, save_last=True, every_n_train_steps=trainer_cfg.checkpoint_every)]
     if trainer_cfg.progress_bar:
         callbacks.append(_ProgressBar(refresh_rate=20))
@@ -88,7 +89,10 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path) -> SAE:
         enable_model_summary=False, use_distributed_sampler=False,
     )
     trainer.fit(sae, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    return sae.eval().requires_grad_(False)
+    sae.eval().requires_grad_(False).to(device_of(trainer_cfg.accelerator))
+    if (share := sae.calibrate(data.validation_rows())) != 0:
+        log.info("thresholds moved by %+.1f %% to meet l0_target on validation rows", 100 * share)
+    return sae
 
 
 def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> dict[str, Any]:

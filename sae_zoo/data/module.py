@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytorch_lightning as pl
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_zoo.data.activations import Activations, Batches
@@ -36,7 +37,10 @@ class ActivationData(pl.LightningDataModule):
         return self.batches(start=self.trainer.global_step, rank=self.trainer.global_rank,
                             world_size=self.trainer.world_size)
 
+    def validation_rows(self) -> Tensor:
+        """The rows on which L0 is measured, [n, d_in]."""
+        return self.activations.rows("validation", 0, min(_VALIDATION_ROWS, self.activations.n_rows("validation")))
+
     def val_dataloader(self) -> DataLoader:
-        n_rows = min(_VALIDATION_ROWS, self.activations.n_rows("validation"))
-        rows = self.activations.rows("validation", 0, n_rows)
-        return DataLoader(rows, batch_size=min(self.batch_size, n_rows))
+        rows = self.validation_rows()
+        return DataLoader(rows, batch_size=min(self.batch_size, len(rows)))

@@ -264,19 +264,28 @@ def decode_backward(by_latent: tuple[Tensor, Tensor, Tensor], grad: Tensor, weig
 @njit(nogil=True, cache=True, fastmath=_SUMS)
 def _adam(start, stop, weight, grad, first, second, step_size, beta1, beta2, scale, eps, unit_rows):
     one, d = weight.dtype.type(1), weight.shape[1]
+    by_row = second.shape[1] != d
     for i in range(start, stop):
         w, g, v, m = weight[i], grad[i], second[i], first[i]
-        along, norm = w[0] * 0, w[0] * 0
+        along, norm, square, factor = w[0] * 0, w[0] * 0, w[0] * 0, w[0] * 0
         if unit_rows:
             for c in range(d):
                 along += w[c] * g[c]
+        if by_row:
+            for c in range(d):
+                slope = g[c] - along * w[c]
+                square += slope * slope
+            v[0] = beta2 * v[0] + (one - beta2) * square / d
+            factor = step_size / (np.sqrt(v[0]) * scale + eps)
         for c in range(d):
-            slope = g[c] - along * w[c]
-            v[c] = beta2 * v[c] + (one - beta2) * slope * slope
+            slope, own = g[c] - along * w[c], factor
+            if not by_row:
+                v[c] = beta2 * v[c] + (one - beta2) * slope * slope
+                own = step_size / (np.sqrt(v[c]) * scale + eps)
             if beta1 != 0:
                 m[c] = beta1 * m[c] + (one - beta1) * slope
                 slope = m[c]
-            w[c] -= step_size * slope / (np.sqrt(v[c]) * scale + eps)
+            w[c] -= own * slope
             norm += w[c] * w[c]
         if unit_rows and norm > 0:
             norm = one / np.sqrt(norm)
@@ -289,12 +298,12 @@ def adam_(weight: Tensor, grad: Tensor, first: Tensor | None, second: Tensor, *,
     """One step of Adam on the rows of ``weight``, in place; see :class:`sae_zoo.training.adam.Adam`.
 
     Args:
-        weight, grad, second: [rows, d]; the weights' memory must be contiguous.
-        first: the same, or None where ``beta1`` is 0.
+        weight, grad: [rows, d], the weights' memory contiguous; ``first`` too, or None where ``beta1`` is 0.
+        second: [rows, d], or [rows, 1] for one of each row.
         step_size: learning rate over 1 - beta1^t.
         scale: 1 / sqrt(1 - beta2^t).
         unit_rows: take the component along its row out of the gradient first, and scale each row to norm 1 after.
     """
-    arrays = _arrays(weight, grad, second if first is None else first, second)
+    arrays = _arrays(weight, grad, weight if first is None else first, second)
     numbers = tuple(arrays[0].dtype.type(x) for x in (step_size, beta1, beta2, scale, eps))
     _in_parallel(_adam, len(weight), lambda _: (*arrays, *numbers, unit_rows))

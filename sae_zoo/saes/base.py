@@ -188,6 +188,12 @@ class SAE(LightningSAE, ABC):
         """Start so that each latent is active where its pre-activation exceeds ``quantiles`` [d_sae]."""
         getattr(self, self.encoder_bias).sub_(quantiles)
 
+    @torch.no_grad()
+    def tighten(self, share: float) -> None:
+        """Raise what pre-activations have to exceed by about ``share`` of a typical latent (negative: lower it)."""
+        # L0 unit vectors that together have norm 1 are 1 / sqrt(L0) long.
+        getattr(self, self.encoder_bias).sub_(share / self.l0_target**0.5)
+
     # Raw activations in, raw reconstruction out.
 
     def _normalise(self, x: Tensor) -> Tensor:

@@ -64,6 +64,13 @@ class JumpReLUSAE(SAE):
         self.threshold_parameter.copy_(quantiles.log() if self.threshold_as == "log" else quantiles)
 
     @torch.no_grad()
+    def tighten(self, share: float) -> None:
+        if self.threshold_as == "log":
+            self.threshold_parameter.add_(share)
+        else:
+            self.threshold_parameter.mul_(math.exp(share))
+
+    @torch.no_grad()
     def constrain(self) -> None:
         if self.threshold_as == "raw":
             self.threshold_parameter.clamp_min_(0.0)

@@ -20,6 +20,8 @@ from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
+# The largest share by which calibration moves thresholds, how often it halves that, and rows that it encodes at a time.
+_LARGEST_SHIFT, _CALIBRATION_HALVINGS, _CALIBRATION_ROWS = 0.1, 10, 4096
 
 
 class LightningSAE(pl.LightningModule):
@@ -81,6 +83,39 @@ class LightningSAE(pl.LightningModule):
         self.W_enc.mul_(scale)
         self.start_at(quantiles * scale)
 
+    # End.
+
+    @property
+    def controlled(self) -> bool:
+        """Whether L0 control drives this SAE."""
+        return self.has_coefficient and self.l0_target is not None and self.sparsity_coefficient is None
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor) -> float:
+        """Move all thresholds by the same share, so that L0 on held-out raw activations ``x`` [n, d_in] is the target.
+
+        Training ends within a few percent of it; this takes the rest. Returns the share that :meth:`tighten` was given:
+        0 without L0 control, or where more than a tenth would be needed, which is no calibration any more.
+        """
+        if not self.controlled:
+            return 0.0
+        start, low, high = {k: v.clone() for k, v in self.state_dict().items()}, -_LARGEST_SHIFT, _LARGEST_SHIFT
+
+        def l0_at(amount: float) -> float:
+            self.load_state_dict(start)
+            self.tighten(amount)
+            pieces = (rows.to(self.device) for rows in x.split(_CALIBRATION_ROWS))
+            return sum(int((self.encode_sparse(rows).values > 0).sum()) for rows in pieces) / len(x)
+
+        if not l0_at(low) >= self.l0_target >= l0_at(high):
+            self.load_state_dict(start)
+            return 0.0
+        for _ in range(_CALIBRATION_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if l0_at(middle) > self.l0_target else (low, middle)
+        l0_at((low + high) / 2)
+        return (low + high) / 2
+
     # Optimiser and schedules.
 
     def configure_optimizers(self):
@@ -89,8 +124,10 @@ class LightningSAE(pl.LightningModule):
         groups = [{"params": [parameters.pop("W_dec")], "unit_rows": self.unit_norm_decoder}]
         if thresholds := [parameters.pop(name) for name in list(parameters) if "threshold" in name]:
             groups.append({"params": thresholds, "lr": recipe.threshold_lr})
-        groups.append({"params": list(parameters.values())})
-        optimizer = Adam(groups, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps)
+        biases = [parameters.pop(name) for name in list(parameters) if name not in ("W_enc", "b_dec")]
+        groups += [{"params": biases, "lr": recipe.bias_lr}, {"params": list(parameters.values())}]
+        optimizer = Adam(groups, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps,
+                         second_moment=recipe.second_moment)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(
             step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps, start_factor=recipe.lr_start_factor,
             decay_fraction=recipe.lr_decay_fraction))
@@ -149,7 +186,7 @@ class LightningSAE(pl.LightningModule):
 
     def _control(self, l0: float) -> None:
         """Drive the coefficient so that the held-out L0 meets its target."""
-        if not self.has_coefficient or self.l0_target is None or self.sparsity_coefficient is not None:
+        if not self.controlled:
             return
         recipe, average = self.recipe, float(self.l0_average)
         average = l0 if math.isnan(average) else average + _L0_WEIGHT * (l0 - average)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sae_zoo.training.adam import SECOND_MOMENTS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -14,7 +16,9 @@ class Recipe:
         batch_size: activations a step, over all devices.
         lr: peak learning rate of Adam.
         threshold_lr: peak learning rate of thresholds (JumpReLU).
+        bias_lr: peak learning rate of whatever else is one number a latent: encoder biases, Gated's magnitudes.
         beta1, beta2, adam_eps: Adam's.
+        second_moment: of Adam, for matrices: of each ``element``, or one for the ``row`` of a latent.
         lr_warmup_steps, lr_start_factor, lr_decay_fraction: see :func:`sae_zoo.training.schedules.lr_factor`.
         coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
@@ -32,9 +36,11 @@ class Recipe:
     batch_size: int
     lr: float
     threshold_lr: float
+    bias_lr: float
     beta1: float
     beta2: float
     adam_eps: float
+    second_moment: str
     lr_warmup_steps: int
     lr_start_factor: float
     lr_decay_fraction: float
@@ -48,7 +54,7 @@ class Recipe:
     dead_after_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_size", "lr", "threshold_lr", "adam_eps", "target_start_factor",
+        for name in ("n_steps", "batch_size", "lr", "threshold_lr", "bias_lr", "adam_eps", "target_start_factor",
                      "dead_after_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
@@ -58,6 +64,8 @@ class Recipe:
         for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_proportional", "control_integral"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
+        if self.second_moment not in SECOND_MOMENTS:
+            raise ValueError(f"recipe.second_moment is {self.second_moment!r}; choose {' or '.join(SECOND_MOMENTS)}")
         if self.b_dec_start not in ("zero", "mean"):
             raise ValueError(f"recipe.b_dec_start is {self.b_dec_start!r}; choose zero or mean")
         if self.l0_start is not None and not self.l0_start > 0:

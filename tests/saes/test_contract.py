@@ -143,6 +143,27 @@ def test_start_is_near_its_l0(sae):
     assert l0 == pytest.approx(expected, rel=0.3)
 
 
+def test_calibration_meets_the_target_or_changes_nothing(sae):
+    x = activations()
+
+    def l0():
+        return (sae.encode(x) > 0).sum().item() / BATCH
+
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    sae.l0_target = l0() if sae.has_coefficient else sae.l0_target
+    sae.tighten(0.05)
+    off = l0()
+    moved = sae.calibrate(x)
+    if sae.controlled:
+        assert off < sae.l0_target and -0.06 < moved < -0.03 and l0() == pytest.approx(sae.l0_target, abs=2 / BATCH)
+    else:
+        assert moved == 0
+    sae.load_state_dict(before)
+    sae.l0_target = D_SAE / 2
+    assert sae.calibrate(x) == 0
+    assert all(torch.equal(value, before[name]) for name, value in sae.named_parameters())
+
+
 def test_weights_are_a_function_of_the_seed(sae):
     build = [build_sae(config(sae.variant, f"seed={s}"), d_in=D_IN, input_scale=1.0).W_enc for s in (0, 0, 1)]
     assert torch.equal(build[0], build[1]) and not torch.equal(build[0], build[2])

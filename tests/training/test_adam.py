@@ -61,15 +61,39 @@ def test_unit_rows_by_hand(beta1):
     torch.testing.assert_close(ours.norm(dim=1), torch.ones(7))
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_one_second_moment_a_row(beta1):
+    """Torch's Adam, where every gradient of a row has the same size: the two rules agree."""
+    generator = torch.Generator().manual_seed(1)
+    ours, theirs = ([torch.nn.Parameter(torch.ones(6, 4)), torch.nn.Parameter(torch.ones(6, 4).T)] for _ in range(2))
+    optimizers = (Adam(ours, lr=0.01, beta1=beta1, beta2=0.99, eps=1e-6, second_moment="row"),
+                  torch.optim.Adam(theirs, lr=0.01, betas=(beta1, 0.99), eps=1e-6))
+    for _ in range(10):
+        for a, b in zip(ours, theirs, strict=True):
+            signs = torch.randint(2, (6, 4), generator=generator) * 2.0 - 1
+            grad = signs * torch.rand(6, 1, generator=generator)
+            a.grad = grad if a.shape == (6, 4) else grad.T
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert optimizers[0].state[a]["exp_avg_sq"].shape == (6, 1)
+
+
+@pytest.mark.parametrize("by_row", [True, False])
 @pytest.mark.parametrize("unit_rows", [True, False])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_the_form_for_cuda_is_the_same(beta1, unit_rows):
+def test_the_form_for_cuda_is_the_same(beta1, unit_rows, by_row):
     generator = torch.Generator().manual_seed(2)
     weight, grad, first, second = (torch.randn(6, 4, generator=generator) for _ in range(4))
     normalise_rows_(weight)
     ours = torch.nn.Parameter(weight.clone())
     ours.grad = grad.clone()
-    optimizer = Adam([{"params": [ours], "unit_rows": unit_rows}], lr=0.02, beta1=beta1, beta2=0.9, eps=1e-4)
+    if by_row:
+        second = second[:, :1].clone()
+    optimizer = Adam([{"params": [ours], "unit_rows": unit_rows}], lr=0.02, beta1=beta1, beta2=0.9, eps=1e-4,
+                     second_moment="row" if by_row else "element")
     optimizer.state[ours] = {"step": 3, "exp_avg_sq": second.square(), **({"exp_avg": first.clone()} if beta1 else {})}
     optimizer.step()
     numbers = torch.tensor([0.02 / (1 - beta1**4), beta1, 0.9, (1 - 0.9**4) ** -0.5, 1e-4])
