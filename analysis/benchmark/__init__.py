@@ -1,0 +1,1 @@
+"""``python -m analysis.benchmark``: speed and quality beside the public trainers of sparse autoencoders."""
