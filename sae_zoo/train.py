@@ -83,6 +83,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         callbacks.append(_ProgressBar(refresh_rate=20))
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
+        precision=trainer_cfg.precision,
         logger=_logger(cfg, run_dir), log_every_n_steps=trainer_cfg.log_every_n_steps,
         val_check_interval=min(trainer_cfg.validation_every, sae.recipe.n_steps), num_sanity_val_steps=0,
         default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=trainer_cfg.progress_bar,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_zoo.data.activations import Activations, Batches
+from sae_zoo.data.loading import ReadAhead
 
 # Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
 _VALIDATION_ROWS = 8192
@@ -33,9 +34,10 @@ class ActivationData(pl.LightningDataModule):
         return self.activations.batches("train", self.batch_size, n_batches=self.n_steps, seed=self.seed, start=start,
                                         rank=rank, world_size=world_size)
 
-    def train_dataloader(self) -> Batches:
-        return self.batches(start=self.trainer.global_step, rank=self.trainer.global_rank,
-                            world_size=self.trainer.world_size)
+    def train_dataloader(self) -> ReadAhead:
+        batches = self.batches(start=self.trainer.global_step, rank=self.trainer.global_rank,
+                               world_size=self.trainer.world_size)
+        return ReadAhead(batches, pin=self.trainer.strategy.root_device.type == "cuda")
 
     def validation_rows(self) -> Tensor:
         """The rows on which L0 is measured, [n, d_in]."""

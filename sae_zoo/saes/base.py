@@ -13,6 +13,7 @@ raw activations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -152,6 +153,7 @@ class SAE(LightningSAE, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_parameter(self.encoder_bias, nn.Parameter(torch.zeros(d_sae)))
         self.register_buffer("input_scale", torch.tensor(float(input_scale)))
+        self._compiled_piece: Callable[..., tuple[dict[str, Tensor], Counts]] | None = None
 
     # What a variant says.
 
@@ -264,6 +266,15 @@ class SAE(LightningSAE, ABC):
         step = self.run(x, sparse=sparse)
         return {"reconstruction": squared_error(step.x_hat, x), **self.sums(step)}, self._counts(step)
 
+    def _piece_on(self, device: torch.device, sparse: bool) -> Callable[..., tuple[dict[str, Tensor], Counts]]:
+        # On a CUDA device the dense path's elementwise passes over [tokens, d_sae] cost as much as its products, unless
+        # they are compiled into few. The sparse path has kernels of its own, and sizes that change with every batch.
+        if sparse or device.type != "cuda":
+            return self._piece
+        if self._compiled_piece is None:
+            self._compiled_piece = torch.compile(self._piece)
+        return self._compiled_piece
+
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:
         """The training loss of raw activations [batch, d_in], in normalised units.
 
@@ -272,12 +283,12 @@ class SAE(LightningSAE, ABC):
         """
         if sparse is None:
             sparse = has_kernels(x.device.type) and float(self.density) < self.sparse_below_density
-        x = self._normalise(x)
+        x, piece_of = self._normalise(x), self._piece_on(x.device, sparse)
         rows = len(x) if sparse else chunk_rows(x, self.d_sae)
         if rows >= len(x):
-            sums, counts = self._piece(x, sparse)
+            sums, counts = piece_of(x, sparse)
         else:  # nothing of a chunk but its sums is kept for the backward pass, which computes it again
-            pieces = [checkpoint(self._piece, piece, sparse, use_reentrant=False) for piece in x.split(rows)]
+            pieces = [checkpoint(piece_of, piece, sparse, use_reentrant=False) for piece in x.split(rows)]
             sums = {name: sum(piece[name] for piece, _ in pieces) for name in pieces[0][0]}
             each = [counts for _, counts in pieces]
             counts = Counts(torch.stack([c.fired for c in each]).any(0), sum(c.n_fired for c in each),

@@ -63,15 +63,20 @@ class JumpReLUSAE(SAE):
     def start_at(self, quantiles: Tensor) -> None:
         self.threshold_parameter.copy_(quantiles.log() if self.threshold_as == "log" else quantiles)
 
-    @torch.no_grad()
     def tighten(self, share: float) -> None:
+        self._scale_thresholds(torch.full((self.d_sae,), share, device=self.device))
+
+    @torch.no_grad()
+    def _scale_thresholds(self, shares: Tensor) -> None:
         if self.threshold_as == "log":
-            self.threshold_parameter.add_(share)
+            self.threshold_parameter.add_(shares)
         else:
-            self.threshold_parameter.mul_(math.exp(share))
+            self.threshold_parameter.mul_(shares.exp())
 
     @torch.no_grad()
     def constrain(self) -> None:
+        if self.recipe.revive_rate:
+            self._scale_thresholds(-self.recipe.revive_rate * self.dead.float())
         if self.threshold_as == "raw":
             self.threshold_parameter.clamp_min_(0.0)
 

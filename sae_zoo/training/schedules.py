@@ -24,10 +24,10 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 
 
 def target_factor(step: int, *, n_steps: int, start_factor: float, anneal_fraction: float) -> float:
-    """What the L0 target is multiplied by at ``step``: from ``start_factor`` to 1, geometrically, over the first
-    ``anneal_fraction`` of ``n_steps``.
+    """What the L0 target is multiplied by at ``step``: from ``start_factor`` to 1 over the first ``anneal_fraction`` of
+    ``n_steps``; its logarithm falls as (1 - t)^2, so that L0 arrives without speed and does not shoot past.
     """
     anneal_steps = anneal_fraction * n_steps
     if step >= anneal_steps:
         return 1.0
-    return start_factor ** (1 - step / anneal_steps)
+    return start_factor ** ((1 - step / anneal_steps) ** 2)
