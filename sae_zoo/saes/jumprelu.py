@@ -76,7 +76,8 @@ class JumpReLUSAE(SAE):
     @torch.no_grad()
     def constrain(self) -> None:
         if self.recipe.revive_rate:
-            self._scale_thresholds(-self.recipe.revive_rate * self.dead.float())
+            rate = self.recipe.revive_rate * self.lr_factor(self.global_step)
+            self._scale_thresholds(-rate * self.dead.float())
         if self.threshold_as == "raw":
             self.threshold_parameter.clamp_min_(0.0)
 

@@ -128,10 +128,14 @@ class LightningSAE(pl.LightningModule):
         groups += [{"params": biases, "lr": recipe.bias_lr}, {"params": list(parameters.values())}]
         optimizer = Adam(groups, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps,
                          second_moment=recipe.second_moment)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(
-            step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps, start_factor=recipe.lr_start_factor,
-            decay_fraction=recipe.lr_decay_fraction))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def lr_factor(self, step: int) -> float:
+        """Share of its peak that every rate has at ``step``."""
+        recipe = self.recipe
+        return lr_factor(step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps,
+                         start_factor=recipe.lr_start_factor, decay_fraction=recipe.lr_decay_fraction)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)

@@ -27,8 +27,8 @@ class Recipe:
         target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`.
         control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
         dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK, revival).
-        revive_rate: share by which the thresholds of dead latents fall at each step (JumpReLU), until they fire again; 0
-            as in the paper.
+        revive_rate: peak share by which the thresholds of dead latents fall at each step (JumpReLU), until they fire
+            again; follows the learning rate; 0 as in the paper.
 
     Raises:
         ValueError: if a value is out of bounds.
