@@ -8,9 +8,10 @@ slows all; medians over rounds are shown, and of ratios the median of each round
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -142,8 +143,8 @@ def _status(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+) kB", _STATUS.read_text()).group(1)) * 1024
 
 
-def _measure_memory(variant: str, shape: tuple[int, int, int, int], beta1: float, threads: int, answer: Any) -> None:
-    d_in, d_sae, batch, l0 = shape
+def measure_memory(variant: str, d_in: int, d_sae: int, batch: int, l0: int, beta1: float, threads: int) -> None:
+    """Print the bytes that :func:`peak_bytes` gives; for a process of its own."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     Trainee(variant, 64, 4, synthetic(256, 16), beta1=beta1).step()  # load and compile everything
@@ -154,19 +155,17 @@ def _measure_memory(variant: str, shape: tuple[int, int, int, int], beta1: float
     _CLEAR_REFS.write_text("5")  # the peak starts anew, without the start of the SAE
     for _ in range(3):
         trainee.step()
-    answer.put(_status("VmHWM") - before)
+    print(_status("VmHWM") - before)
 
 
 def peak_bytes(variant: str, shape: tuple[int, int, int, int], *, beta1: float) -> int | None:
     """Resident memory of training steps above that of a process about to begin; None where the system does not say."""
     if not _CLEAR_REFS.exists():
         return None
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=_measure_memory, args=(variant, shape, beta1, torch.get_num_threads(), answer))
-    process.start()
-    process.join()
-    return answer.get() if process.exitcode == 0 else None
+    arguments = (variant, *shape, beta1, torch.get_num_threads())
+    done = subprocess.run([sys.executable, "-c", f"from analysis.benchmark.step import *; measure_memory(*{arguments!r})"],
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
 
 
 def least_bytes(sae: SAE, batch: int, *, beta1: float) -> int:

@@ -272,7 +272,7 @@ class SAE(LightningSAE, ABC):
         if sparse or device.type != "cuda":
             return self._piece
         if self._compiled_piece is None:
-            self._compiled_piece = torch.compile(self._piece)
+            self._compiled_piece = torch.compile(self._piece, dynamic=False)
         return self._compiled_piece
 
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:

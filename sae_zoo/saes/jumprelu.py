@@ -76,7 +76,7 @@ class JumpReLUSAE(SAE):
     @torch.no_grad()
     def constrain(self) -> None:
         if self.recipe.revive_rate:
-            rate = self.recipe.revive_rate * self.lr_factor(self.global_step)
+            rate = self.recipe.revive_rate * self.schedule(self.global_step)
             self._scale_thresholds(-rate * self.dead.float())
         if self.threshold_as == "raw":
             self.threshold_parameter.clamp_min_(0.0)

@@ -123,19 +123,35 @@ class LightningSAE(pl.LightningModule):
         parameters = dict(self.named_parameters())
         groups = [{"params": [parameters.pop("W_dec")], "unit_rows": self.unit_norm_decoder}]
         if thresholds := [parameters.pop(name) for name in list(parameters) if "threshold" in name]:
-            groups.append({"params": thresholds, "lr": recipe.threshold_lr})
+            groups.append({"params": thresholds, "lr": recipe.threshold_lr, "is_threshold": True})
         biases = [parameters.pop(name) for name in list(parameters) if name not in ("W_enc", "b_dec")]
         groups += [{"params": biases, "lr": recipe.bias_lr}, {"params": list(parameters.values())}]
         optimizer = Adam(groups, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps,
                          second_moment=recipe.second_moment)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.lr_factor)
+        factors = [self.schedule if "is_threshold" in group else self.lr_factor for group in optimizer.param_groups]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def lr_factor(self, step: int) -> float:
-        """Share of its peak that every rate has at ``step``."""
+    def schedule(self, step: int) -> float:
+        """Share of its peak that the rate of thresholds has at ``step``."""
         recipe = self.recipe
         return lr_factor(step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps,
                          start_factor=recipe.lr_start_factor, decay_fraction=recipe.lr_decay_fraction)
+
+    def lr_factor(self, step: int) -> float:
+        """Share of their peak that all other rates have at ``step``."""
+        lr_l0 = self.recipe.lr_l0
+        if lr_l0 is None or self.l0_target is None:
+            return self.schedule(step)
+        return self.schedule(step) * min(1.0, lr_l0 / self.l0_in_force(step))
+
+    def l0_in_force(self, step: int) -> float:
+        """The L0 that control aims at in ``step``, which falls to ``l0_target``; where the equation fixes L0, that."""
+        if not self.controlled:
+            return self.l0_target
+        recipe = self.recipe
+        return self.l0_target * target_factor(step, n_steps=recipe.n_steps, start_factor=recipe.target_start_factor,
+                                              anneal_fraction=recipe.target_anneal_fraction)
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -194,10 +210,7 @@ class LightningSAE(pl.LightningModule):
             return
         recipe, average = self.recipe, float(self.l0_average)
         average = l0 if math.isnan(average) else average + _L0_WEIGHT * (l0 - average)
-        target = self.l0_target * target_factor(self.global_step, n_steps=recipe.n_steps,
-                                                start_factor=recipe.target_start_factor,
-                                                anneal_fraction=recipe.target_anneal_fraction)
-        error = l0_error(average * float(self.heldout_l0_ratio), target)
+        error = l0_error(average * float(self.heldout_l0_ratio), self.l0_in_force(self.global_step))
         previous = error if math.isnan(float(self.control_error)) else float(self.control_error)
         self.log_coefficient.fill_(next_log_coefficient(
             float(self.log_coefficient), error=error, previous_error=previous,

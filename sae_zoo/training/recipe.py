@@ -19,6 +19,8 @@ class Recipe:
         bias_lr: peak learning rate of whatever else is one number a latent: encoder biases, Gated's magnitudes.
         beta1, beta2, adam_eps: Adam's.
         second_moment: of Adam, for matrices: of each ``element``, or one for the ``row`` of a latent.
+        lr_l0: None, or the L0 above which all rates but that of thresholds fall in proportion: a step moves the
+            reconstruction by the sum of what it moves each active latent by.
         lr_warmup_steps, lr_start_factor, lr_decay_fraction: see :func:`sae_zoo.training.schedules.lr_factor`.
         coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
@@ -39,6 +41,7 @@ class Recipe:
     lr: float
     threshold_lr: float
     bias_lr: float
+    lr_l0: float | None
     beta1: float
     beta2: float
     adam_eps: float
@@ -72,5 +75,6 @@ class Recipe:
             raise ValueError(f"recipe.second_moment is {self.second_moment!r}; choose {' or '.join(SECOND_MOMENTS)}")
         if self.b_dec_start not in ("zero", "mean"):
             raise ValueError(f"recipe.b_dec_start is {self.b_dec_start!r}; choose zero or mean")
-        if self.l0_start is not None and not self.l0_start > 0:
-            raise ValueError(f"recipe.l0_start is {self.l0_start}; it must be positive or null")
+        for name in ("l0_start", "lr_l0"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive or null")

@@ -96,6 +96,33 @@ def test_gradients_are_the_same_to_the_bit_with_several_threads(name, sparse):
         assert all(torch.equal(a, b) for a, b in zip(gradients, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_mixed_precision_is_near_and_keeps_weights_in_float32(sae, sparse):
+    raw = activations()
+    exact = torch.autograd.grad(sae.loss(raw, sparse=sparse).total, list(sae.parameters()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sae.loss(raw, sparse=sparse)
+    assert loss.total.dtype is torch.float32
+    rough = torch.autograd.grad(loss.total, list(sae.parameters()))
+    for (name, _), a, b in zip(sae.named_parameters(), rough, exact, strict=True):
+        assert a.dtype is torch.float32
+        if name == "threshold_parameter":  # a few entries are in the window: which, rounding decides
+            continue
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98, name
+        assert 0.9 < a.norm() / b.norm() < 1.1, name
+    assert not all(torch.equal(a, b) for a, b in zip(rough, exact, strict=True)), "nothing was rounded"
+
+
+def test_the_dense_path_can_be_compiled(sae):
+    """As on a CUDA device, by the part of torch's compiler that needs none."""
+    raw = activations()
+    plain = torch.autograd.grad(sae.loss(raw, sparse=False).total, list(sae.parameters()))
+    sae._compiled_piece = torch.compile(sae._piece, backend="aot_eager", dynamic=False)
+    sae._piece_on = lambda device, sparse: sae._compiled_piece
+    for a, b in zip(torch.autograd.grad(sae.loss(raw, sparse=False).total, list(sae.parameters())), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 def test_dense_and_sparse_encoders_agree(sae):
     x = activations()
     torch.testing.assert_close(sae.encode_sparse(x).to_dense(), sae.encode(x))

@@ -1,0 +1,70 @@
+"""The benchmarks of speed, on shapes so small that only their bookkeeping is tested, never a time."""
+
+import json
+
+import pytest
+import torch
+
+from analysis.benchmark.__main__ import main
+from analysis.benchmark.step import Trainee, least_bytes, peak_bytes, synthetic
+from sae_zoo.saes import variants
+
+SHAPE = "16,64,128,6"
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_step(capsys, tmp_path):
+    main(["step", "--shape", SHAPE, "--rounds", "3", "--threads", "1", "--peers-dir", str(tmp_path), "--json"])
+    result = last_line(capsys)
+    assert result["shape"] == [16, 64, 128, 6] and result["encoder_gemm_ms"] > 0
+    assert set(result["variants"]) == set(variants())
+    for r in result["variants"].values():
+        assert r["ms"] > 0 and r["ratio"] > 0 and r["dense_ms"] > 0 and r["l0"] == pytest.approx(6, rel=0.35)
+        assert set(r["phases_ms"]) == {"forward", "backward", "optimiser", "counters"}
+    assert result["peers"].keys() == {"sae-lens", "dictionary-learning", "eai-sparsify"}
+    assert all("not installed" in peer["absent"] for peer in result["peers"].values())
+
+
+def test_scaling_and_whole_runs(capsys):
+    main(["scaling", "--d-in", "16", "--batch", "64", "--d-sae", "64,128", "--l0", "4,8", "--rounds", "1", "--json"])
+    result = last_line(capsys)
+    assert len(result["rows"]) == 4 * len(variants()) and set(result["exponents"]) == set(variants())
+    main(["whole", "--shape", SHAPE, "--steps", "30", "--json"])
+    result = last_line(capsys)
+    assert set(result["variants"]) == set(variants())
+    assert all(r["seconds"] > 0 and r["ratio"] > 0 for r in result["variants"].values())
+
+
+def test_memory_is_that_of_the_step():
+    """More latents need more; a batch of twice the size only its share: nothing of batch x d_sae is kept."""
+    small, wide, long = (peak_bytes("topk", shape, beta1=0.0) for shape in (
+        (32, 8192, 1024, 4), (32, 65536, 1024, 4), (32, 65536, 2048, 4)))
+    if small is None:
+        pytest.skip("this system does not tell the memory of a process")
+    parameters = 4 * 2 * 32 * (65536 - 8192)
+    assert wide - small > 2 * parameters  # and their gradients
+    assert long - wide < 0.25 * 4 * 1024 * 65536
+
+
+def test_least_bytes_by_hand():
+    sae = Trainee("topk", 8, 2, synthetic(16, 4), beta1=0.0).sae
+    n = 2 * 4 * 8 + 8 + 4
+    assert least_bytes(sae, 16, beta1=0.0) == 4 * (3 * n + 64) and least_bytes(sae, 16, beta1=0.9) == 4 * (4 * n + 64)
+
+
+@pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "0,1,1,1", "4,8,2,9"])
+def test_bad_shapes(text, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["step", "--shape", text])
+    assert stopped.value.code == 2
+    assert "give four whole numbers" in (error := capsys.readouterr().err) or "at most D_SAE = 8" in error
