@@ -73,6 +73,12 @@ class JumpReLUSAE(SAE):
         else:
             self.threshold_parameter.mul_(shares.exp())
 
+    def lr_factor(self, step: int) -> float:
+        lr_l0 = self.recipe.lr_l0
+        if lr_l0 is None or self.l0_target is None:
+            return self.schedule(step)
+        return self.schedule(step) * min(1.0, lr_l0 / self.l0_in_force(step))
+
     @torch.no_grad()
     def constrain(self) -> None:
         if self.recipe.revive_rate:

@@ -140,10 +140,7 @@ class LightningSAE(pl.LightningModule):
 
     def lr_factor(self, step: int) -> float:
         """Share of their peak that all other rates have at ``step``."""
-        lr_l0 = self.recipe.lr_l0
-        if lr_l0 is None or self.l0_target is None:
-            return self.schedule(step)
-        return self.schedule(step) * min(1.0, lr_l0 / self.l0_in_force(step))
+        return self.schedule(step)
 
     def l0_in_force(self, step: int) -> float:
         """The L0 that control aims at in ``step``, which falls to ``l0_target``; where the equation fixes L0, that."""
