@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 
-# A relative error beyond a factor of e counts as one: early L0 can be off by orders of magnitude.
-_LARGEST_ERROR = 1.0
+# Errors beyond a factor of 1.6 count as that: early L0 can be off by orders of magnitude, and follows slowly.
+_LARGEST_ERROR = 0.5
 
 
 def l0_error(l0: float, target: float) -> float:
-    """log(l0 / target), cut at plus and minus one; a silent SAE (l0 = 0) has the largest negative error."""
+    """log(l0 / target), cut at plus and minus a half; a silent SAE (l0 = 0) has the largest negative error."""
     if l0 <= 0:
         return -_LARGEST_ERROR
     return max(-_LARGEST_ERROR, min(_LARGEST_ERROR, math.log(l0 / target)))

@@ -27,7 +27,7 @@ def test_other_schedules():
 
 def test_error_is_symmetric_and_cut():
     assert l0_error(44, 40) == pytest.approx(math.log(1.1)) == pytest.approx(-l0_error(40, 44))
-    assert l0_error(0, 40) == -1 and l0_error(4000, 40) == 1
+    assert l0_error(0, 40) == -0.5 and l0_error(4000, 40) == 0.5
 
 
 @pytest.mark.parametrize("start", [1e-6, 1.0])
