@@ -63,15 +63,12 @@ class JumpReLUSAE(SAE):
     def start_at(self, quantiles: Tensor) -> None:
         self.threshold_parameter.copy_(quantiles.log() if self.threshold_as == "log" else quantiles)
 
-    def tighten(self, share: float) -> None:
-        self._scale_thresholds(torch.full((self.d_sae,), share, device=self.device))
-
     @torch.no_grad()
-    def _scale_thresholds(self, shares: Tensor) -> None:
+    def tighten(self, share: float) -> None:
         if self.threshold_as == "log":
-            self.threshold_parameter.add_(shares)
+            self.threshold_parameter.add_(share)
         else:
-            self.threshold_parameter.mul_(shares.exp())
+            self.threshold_parameter.mul_(math.exp(share))
 
     def lr_factor(self, step: int) -> float:
         lr_l0 = self.recipe.lr_l0
@@ -81,9 +78,6 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        if self.recipe.revive_rate:
-            rate = self.recipe.revive_rate * self.schedule(self.global_step)
-            self._scale_thresholds(-rate * self.dead.float())
         if self.threshold_as == "raw":
             self.threshold_parameter.clamp_min_(0.0)
 

@@ -29,9 +29,7 @@ class Recipe:
             which every latent's threshold or bias starts, as a quantile of its first pre-activations.
         target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`.
         control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
-        dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK, revival).
-        revive_rate: peak share by which the thresholds of dead latents fall at each step (JumpReLU), until they fire
-            again; follows the learning rate; 0 as in the paper.
+        dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK).
 
     Raises:
         ValueError: if a value is out of bounds.
@@ -58,7 +56,6 @@ class Recipe:
     control_proportional: float
     control_integral: float
     dead_after_tokens: int
-    revive_rate: float
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "batch_size", "lr", "threshold_lr", "bias_lr", "adam_eps", "target_start_factor",
@@ -68,8 +65,7 @@ class Recipe:
         for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction", "target_anneal_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_proportional", "control_integral",
-                     "revive_rate"):
+        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_proportional", "control_integral"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
         if self.second_moment not in SECOND_MOMENTS:

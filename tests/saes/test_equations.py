@@ -15,7 +15,6 @@ def recipe(**changes):
         "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
         "b_dec_start": "zero", "l0_start": None, "target_start_factor": 1.0, "target_anneal_fraction": 0.0,
         "control_proportional": 0.1, "control_integral": 0.01, "dead_after_tokens": 100,
-        "revive_rate": 0.0,
     }
     return Recipe(**values | changes)
 
