@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from sae_zoo.config import build_sae, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.data.module import ActivationData
 from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_sae
+from sae_zoo.memory import give_back_freed_memory
 from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
 from sae_zoo.saes.io import save_sae
@@ -77,6 +78,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
     else:
         n_rows = min(_START_ROWS, activations.n_rows("train"))
         sae.initialise(activations.rows("train", 0, n_rows))
+        give_back_freed_memory()
     callbacks = [*callbacks, ModelCheckpoint(
         checkpoint.parent, save_top_k=0, save_last=True, every_n_train_steps=trainer_cfg.checkpoint_every)]
     if trainer_cfg.progress_bar:

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from analysis.benchmark.peers import PEERS, PeerAbsent, Worker
 from sae_zoo.config import build_sae, compose_config
-from sae_zoo.memory import keep_freed_memory
-from sae_zoo.saes import SAE, variants
+from sae_zoo.memory import give_back_freed_memory, keep_freed_memory
+from sae_zoo.saes import variants
 
 _MB = 2**20
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -151,8 +151,8 @@ def measure_memory(variant: str, d_in: int, d_sae: int, batch: int, l0: int, bet
     before = _status("VmRSS")
     x = synthetic(batch, d_in)
     trainee = Trainee(variant, d_sae, l0, x, beta1=beta1)
-    trainee.step()
-    _CLEAR_REFS.write_text("5")  # the peak starts anew, without the start of the SAE
+    give_back_freed_memory()  # as training does after the start of the SAE
+    _CLEAR_REFS.write_text("5")  # the peak starts anew
     for _ in range(3):
         trainee.step()
     print(_status("VmHWM") - before)
@@ -168,9 +168,11 @@ def peak_bytes(variant: str, shape: tuple[int, int, int, int], *, beta1: float) 
     return int(done.stdout)
 
 
-def least_bytes(sae: SAE, batch: int, *, beta1: float) -> int:
+def least_bytes(trainee: Trainee) -> int:
     """Parameters, their gradients, the optimiser's state and one batch."""
-    return 4 * (sum(p.numel() for p in sae.parameters()) * (4 if beta1 else 3) + batch * sae.d_in)
+    parameters = list(trainee.sae.parameters())
+    state = [value for p in parameters for value in trainee.optimizer.state[p].values() if torch.is_tensor(value)]
+    return sum(t.numel() * t.element_size() for t in (*parameters, *parameters, *state, trainee.x))
 
 
 def _peer_timers(shape: tuple[int, int, int, int], args: argparse.Namespace, rows: Path) -> tuple[dict, dict, list]:
@@ -221,7 +223,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 t["dense_ratio"].append(t["dense"][-1] / base)
     median = statistics.median
     for name, t in times.items():
-        least = least_bytes(trainees[name].sae, batch, beta1=args.beta1)
+        least = least_bytes(trainees[name])
         results[name] = {
             "ms": median(t["step"]), "ratio": median(t["ratio"]), "l0": measured_l0[name],
             "density": float(trainees[name].sae.density), "dense_ms": median(t["dense"]),

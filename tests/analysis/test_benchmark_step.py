@@ -57,9 +57,11 @@ def test_memory_is_that_of_the_step():
 
 
 def test_least_bytes_by_hand():
-    sae = Trainee("topk", 8, 2, synthetic(16, 4), beta1=0.0).sae
-    n = 2 * 4 * 8 + 8 + 4
-    assert least_bytes(sae, 16, beta1=0.0) == 4 * (3 * n + 64) and least_bytes(sae, 16, beta1=0.9) == 4 * (4 * n + 64)
+    for beta1, moments in ((0.0, 0), (0.9, 2 * 4 * 8 + 8 + 4)):
+        trainee = Trainee("topk", 8, 2, synthetic(16, 4), beta1=beta1)
+        trainee.step()
+        # Parameters and gradients, one second moment for each row of the matrices and each bias, the batch.
+        assert least_bytes(trainee) == 4 * (2 * (2 * 4 * 8 + 8 + 4) + (8 + 8 + 8 + 4) + moments + 16 * 4)
 
 
 @pytest.mark.parametrize("text", ["1,2,3", "a,b,c,d", "0,1,1,1", "4,8,2,9"])
