@@ -156,11 +156,14 @@ def _select_largest(start, stop, product, bias, k, n_classes, ids, values):
                 ids[r, filled] = columns[i]
                 values[r, filled] = value
                 filled += 1
+        for i in range(filled, k):  # only where the row has NaN, which compares with nothing: show it, do not hide it
+            ids[r, i] = i
+            values[r, i] = np.nan
 
 
 def select_largest(product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Columns [rows, k] and values [rows, k], in no order, of the ``k`` largest entries of each row of
-    ``product + bias`` ([rows, d_sae], contiguous, no NaN; and [d_sae]). Of equal entries, any.
+    ``product + bias`` ([rows, d_sae], contiguous; and [d_sae]). Of equal entries, any; a row with NaN may give NaN.
     """
     rows, n = product.shape
     ids, values = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k, dtype=_sum_type(product))

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +70,19 @@ def test_selection_equals_its_mask(rows, d_sae, share, ties, seed, threads):
             assert counts.tolist() == [k] * rows
             for row, ours, theirs in zip(dense, chosen, mask, strict=True):
                 assert torch.equal(row[ours].sort().values, row[theirs].sort().values)
+
+
+@pytest.mark.parametrize("n_nan", [1, 2, 50, 100])
+def test_nan_is_shown_and_never_an_index_out_of_range(generator, n_nan):
+    product = torch.randn(8, 100, generator=generator)
+    product[3, torch.randperm(100, generator=generator)[:n_nan]] = float("nan")
+    for k in (1, 10, 100):
+        counts, ids, values = Largest(k).select(product, torch.zeros(100))
+        assert counts.tolist() == [k] * 8 and ids.min() >= 0 and ids.max() < 100
+        finite = values.view(8, k).isfinite().all(1)
+        assert finite[[0, 1, 2, 4, 5, 6, 7]].all() and (not finite[3] or k <= 100 - n_nan)
+    counts, ids, values = Above(-1e9).select(product, torch.zeros(100))
+    assert counts.tolist() == [100, 100, 100, 100 - n_nan, 100, 100, 100, 100] and values.isfinite().all()
 
 
 def test_selection_finds_room_for_everything():
