@@ -171,8 +171,9 @@ def build_file_activations(cfg: DictConfig) -> FileActivations:
 
 
 def build_recipe(cfg: DictConfig) -> Recipe:
-    """The recipe of a ``recipe/*.yaml``; ``d_sae`` and ``bandwidth`` in it belong to the SAE."""
-    arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in ("d_sae", "bandwidth")}
+    """The recipe of a ``recipe/*.yaml``; what in it belongs to the SAE is left out."""
+    of_the_sae = ("d_sae", "bandwidth", "auxk_coefficient")
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in of_the_sae}
     return Recipe(**arguments)
 
 

@@ -1,7 +1,8 @@
 """What torch is slow at on a CPU, compiled by numba: picking the active entries, the products on them, and Adam.
 
 Each function splits its rows over as many threads as torch uses; a row is computed by one thread alone, so results do
-not depend on how many there are. All tensors are float32 or float64 and on the CPU; integers are int64.
+not depend on how many there are. All tensors are float32 or float64 and on the CPU; latents,
+entries and rows are int32, offsets and counts int64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+
+from sae_zoo.functional import workspace
 
 # Sums may be reordered and contracted, which is what lets them be vectorised; NaN and inf keep their meaning.
 _SUMS = {"reassoc", "contract", "nsz"}
@@ -83,7 +86,7 @@ def select_above(product: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, 
     room = int(_FIRST_SHARE * rows * n / parts) + n
     while True:
         masks = [torch.zeros(-(-n // 8) * 8, dtype=torch.int8) for _ in range(parts)]
-        ids = [torch.empty(room, dtype=torch.int64) for _ in range(parts)]
+        ids = [torch.empty(room, dtype=torch.int32) for _ in range(parts)]
         values = [torch.empty(room, dtype=_sum_type(product)) for _ in range(parts)]
         filled = _in_parallel(_select_above, rows, lambda p: (
             *arrays, *_arrays(masks[p], masks[p].view(torch.int64), ids[p], values[p], counts)))
@@ -166,7 +169,7 @@ def select_largest(product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tenso
     ``product + bias`` ([rows, d_sae], contiguous; and [d_sae]). Of equal entries, any; a row with NaN may give NaN.
     """
     rows, n = product.shape
-    ids, values = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k, dtype=_sum_type(product))
+    ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k, dtype=_sum_type(product))
     n_classes = min(n, max(4 * k, n // _CLASS_SIZE))
     _in_parallel(_select_largest, rows, lambda _: (*_arrays(product, bias), k, n_classes, *_arrays(ids, values)))
     return ids, values
@@ -209,7 +212,7 @@ def _bag_sum(start, stop, offsets, rows, weights, matrix, out):
 
 def bag_sum(offsets: Tensor, rows: Tensor, weights: Tensor, matrix: Tensor) -> Tensor:
     """[bags, d]: bag j is the sum of ``weights[e] * matrix[rows[e]]`` over the e in ``offsets[j]:offsets[j + 1]``."""
-    out = weights.new_empty(len(offsets) - 1, matrix.shape[1])
+    out = workspace.empty(len(offsets) - 1, matrix.shape[1], like=weights)
     arrays = _arrays(offsets, rows, weights, matrix, out)
     _in_parallel(_bag_sum, len(out), lambda _: arrays)
     return out
@@ -259,7 +262,7 @@ def decode_backward(by_latent: tuple[Tensor, Tensor, Tensor], grad: Tensor, weig
     if values is None:
         _in_parallel(_bag_dot, len(weight), lambda _: arrays)
         return dots, None
-    total = torch.empty(weight.shape, dtype=_sum_type(weight))
+    total = workspace.empty(*weight.shape, like=weight, dtype=_sum_type(weight))
     _in_parallel(_bag_dot_and_sum, len(weight), lambda _: (*arrays, *_arrays(values, total)))
     return dots, total
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sae_zoo.functional import workspace
 from sae_zoo.functional.precision import operand
 from sae_zoo.functional.selection import Selection
 from sae_zoo.functional.sparse_code import ActiveSet, active_set
@@ -24,7 +25,8 @@ _CHUNK_ROWS = 256
 def chunk_rows(x: Tensor, d_sae: int) -> int:
     """Rows of ``x`` whose dense pre-activations may exist at once."""
     elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS["cpu"])
-    return max(1, min(len(x), max(_CHUNK_ROWS, elements // d_sae)))
+    # No more than x is wide: such a chunk is as large as a weight's gradient, which takes its memory afterwards.
+    return max(1, min(len(x), max(_CHUNK_ROWS, min(elements // d_sae, x.shape[1]))))
 
 
 class _DensePreActs(torch.autograd.Function):
@@ -82,7 +84,7 @@ def sparse_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tens
     with torch.no_grad():
         x_operand, W_operand = operand(x_centred.detach()), operand(W_enc)
         rows, parts = chunk_rows(x_centred, W_enc.shape[1]), []
-        buffer = x_operand.new_empty(rows, W_enc.shape[1])
+        buffer = workspace.empty(rows, W_enc.shape[1], like=x_operand)
         for piece in x_operand.split(rows):
             parts.append(selection.select(torch.mm(piece, W_operand, out=buffer[: len(piece)]), b_enc))
         counts, latent_ids, pre_acts = (torch.cat(kind) for kind in zip(*parts, strict=True))

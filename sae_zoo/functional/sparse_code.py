@@ -29,7 +29,7 @@ class ActiveSet:
 
     Attributes:
         row_offsets: [batch + 1] int64; the entries of token b are ``row_offsets[b]:row_offsets[b + 1]``.
-        latent_ids: [n_active] int64, without repetition within a token.
+        latent_ids: [n_active] int32 (int64 on a CUDA device), without repetition within a token.
         d_sae: number of latents.
     """
 
@@ -66,7 +66,7 @@ class ActiveSet:
     def transposed_matmul(self, values: Tensor, dense: Tensor) -> Tensor:
         """S^T @ dense: [d_sae, d], where ``dense`` is [batch, d]."""
         offsets, entries, rows = self._by_latent
-        return kernels_for(values).bag_sum(offsets, rows, values[entries], dense)
+        return kernels_for(values).bag_sum(offsets, rows, values.index_select(0, entries), dense)
 
     def matmul_backward(self, values: Tensor | None, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
         """Gradients of :meth:`matmul` for ``grad`` [batch, d]: those of the values [n_active], which are the entries of
@@ -77,7 +77,7 @@ class ActiveSet:
     def sum_by_latent(self, values: Tensor) -> Tensor:
         """[d_sae]: the sum of ``values`` [n_active] over the tokens of each latent, in a fixed order."""
         offsets, entries, _ = self._by_latent
-        return torch.segment_reduce(values[entries], "sum", offsets=offsets, initial=0)
+        return torch.segment_reduce(values.index_select(0, entries), "sum", offsets=offsets, initial=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class SparseCode:
     def from_dense(cls, latents: Tensor) -> SparseCode:
         """The nonzero entries of ``latents`` [batch, d_sae]."""
         mask = latents != 0
-        return cls(active_set(mask.sum(1), mask.nonzero()[:, 1], latents.shape[1]), latents[mask])
+        return cls(active_set(mask.sum(1), mask.nonzero()[:, 1].int(), latents.shape[1]), latents[mask])
 
     def to_dense(self) -> Tensor:
         """[batch, d_sae]."""

@@ -13,7 +13,7 @@ raw activations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sae_zoo.functional.decoder import normalise_rows_
+from sae_zoo.functional import workspace
+from sae_zoo.functional.auxk import auxk_loss
+from sae_zoo.functional.decoder import normalise_rows_, squared_error
 from sae_zoo.functional.encoder import chunk_rows, dense_pre_acts, sparse_pre_acts
 from sae_zoo.functional.kernels import has_kernels
-from sae_zoo.functional.precision import operand
 from sae_zoo.functional.selection import Selection
 from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, sparse_decode
 from sae_zoo.saes.lightning import LightningSAE
@@ -71,25 +72,23 @@ class Step:
     [tokens, d_sae] on the dense path and [n_active] on the sparse one, so that a variant's formulas serve both.
 
     Attributes:
-        x: [tokens, d_in].
+        target: [tokens, d_in], x - b_dec: what the decoder has to make; a constant.
         pre_acts, latents: pre-activations and the latents made from them.
         active: the active set; None on the dense path.
-        x_hat: [tokens, d_in].
     """
 
-    x: Tensor
+    target: Tensor
     pre_acts: Tensor
     latents: Tensor
     active: ActiveSet | None
-    x_hat: Tensor
 
     def of_latent(self, parameter: Tensor) -> Tensor:
         """A [d_sae] parameter, laid out as ``pre_acts`` is."""
         return at_latents(parameter, None if self.active is None else self.active.latent_ids)
 
-    def decode(self, values: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-        """[tokens, d_in] from values laid out as ``pre_acts``."""
-        return _decode(values, self.active, W_dec) + b_dec
+    def squared_error(self, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor]:
+        """:func:`sae_zoo.functional.decoder.squared_error` of a reconstruction from values laid out as ``pre_acts``."""
+        return squared_error(values, W_dec, b_dec, self.target, self.active)
 
 
 def at_latents(parameter: Tensor, ids: Tensor | None) -> Tensor:
@@ -97,18 +96,6 @@ def at_latents(parameter: Tensor, ids: Tensor | None) -> Tensor:
     # Not parameter[ids]: its gradient is added up by several threads in no fixed order, and a run could not be repeated
     # or resumed to the bit.
     return parameter if ids is None else parameter.index_select(0, ids)
-
-
-def squared_error(x_hat: Tensor, x: Tensor) -> Tensor:
-    """Sum over tokens and dimensions."""
-    return (x_hat - x).square().sum()
-
-
-def _decode(values: Tensor, active: ActiveSet | None, W_dec: Tensor) -> Tensor:
-    if active is None:
-        weight = operand(W_dec)
-        return values.to(weight.dtype) @ weight
-    return sparse_decode(SparseCode(active, values), W_dec)
 
 
 class SAE(LightningSAE, ABC):
@@ -123,6 +110,8 @@ class SAE(LightningSAE, ABC):
         l0_target: L0 on held-out tokens to train towards.
         sparsity_coefficient: a fixed coefficient of the sparsity term; turns L0 control off.
         initial_coefficient: where L0 control starts.
+        auxk_coefficient: weight of the AuxK loss (:mod:`sae_zoo.functional.auxk`), in which the d_in / 2 largest latents
+            of those that are ``dead`` reconstruct what the others leave.
         seed: of the initial weights.
 
     Raises:
@@ -136,13 +125,16 @@ class SAE(LightningSAE, ABC):
 
     def __init__(self, *, d_in: int, d_sae: int, input_scale: float = 1.0, subtract_b_dec: bool = True,
                  recipe: Recipe | None = None, l0_target: float | None = None,
-                 sparsity_coefficient: float | None = None, initial_coefficient: float = 1e-3, seed: int = 0):
+                 sparsity_coefficient: float | None = None, initial_coefficient: float = 1e-3,
+                 auxk_coefficient: float = 0.0, seed: int = 0):
         super().__init__(d_sae=d_sae, recipe=recipe, l0_target=l0_target, sparsity_coefficient=sparsity_coefficient,
                          initial_coefficient=initial_coefficient)
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("input_scale", input_scale)):
             if not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
-        self.d_in, self.subtract_b_dec = d_in, subtract_b_dec
+        if not auxk_coefficient >= 0:
+            raise ValueError(f"sae.auxk_coefficient is {auxk_coefficient}; it must not be negative")
+        self.d_in, self.subtract_b_dec, self.auxk_coefficient = d_in, subtract_b_dec, auxk_coefficient
 
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.rand(d_sae, d_in, generator=generator) * 2 - 1
@@ -153,7 +145,7 @@ class SAE(LightningSAE, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.register_parameter(self.encoder_bias, nn.Parameter(torch.zeros(d_sae)))
         self.register_buffer("input_scale", torch.tensor(float(input_scale)))
-        self._compiled_piece: Callable[..., tuple[dict[str, Tensor], Counts]] | None = None
+        self._compiled_piece: Callable[..., tuple[dict[str, Tensor], Counts, Tensor]] | None = None
 
     # What a variant says.
 
@@ -198,10 +190,10 @@ class SAE(LightningSAE, ABC):
 
     # Raw activations in, raw reconstruction out.
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalise(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise ValueError(f"x has shape {list(x.shape)}; expected [batch, d_in = {self.d_in}]")
-        return x.to(self.W_dec.dtype) / self.input_scale
+        return torch.div(x.to(self.W_dec.dtype), self.input_scale, out=out)
 
     def _centre(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.subtract_b_dec else x
@@ -239,16 +231,18 @@ class SAE(LightningSAE, ABC):
 
     # The training step.
 
-    def run(self, x: Tensor, *, sparse: bool) -> Step:
-        """Encoder to reconstruction of normalised ``x`` [tokens, d_in]."""
+    def run(self, target: Tensor, *, sparse: bool) -> Step:
+        """The encoder's half of a step, of normalised activations less ``b_dec``, [tokens, d_in]."""
         b_dec = self.b_dec if self.subtract_b_dec else None
-        arguments = (self._centre(x), self.W_enc, getattr(self, self.encoder_bias), b_dec)
+        arguments = (self._encoder_input(target), self.W_enc, getattr(self, self.encoder_bias), b_dec)
         if sparse:
             pre_acts, active = sparse_pre_acts(*arguments, self.selection(training=True))
         else:
             pre_acts, active = dense_pre_acts(*arguments), None
-        latents = self.latents(pre_acts, None if active is None else active.latent_ids)
-        return Step(x, pre_acts, latents, active, _decode(latents, active, self.W_dec) + self.b_dec)
+        return Step(target, pre_acts, self.latents(pre_acts, None if active is None else active.latent_ids), active)
+
+    def _encoder_input(self, target: Tensor) -> Tensor:
+        return target if self.subtract_b_dec else target + self.b_dec.detach()
 
     @torch.no_grad()
     def _counts(self, step: Step) -> Counts:
@@ -258,15 +252,17 @@ class SAE(LightningSAE, ABC):
             n_selected = self.selection(training=True).mask(step.pre_acts).sum()
         else:
             fired = torch.zeros(self.d_sae, dtype=torch.bool, device=firing.device)
-            fired[step.active.latent_ids[firing]] = True
+            fired[step.active.latent_ids[firing].long()] = True
             n_selected = torch.tensor(len(firing), device=firing.device)
-        return Counts(fired, firing.sum(), n_selected, len(step.x))
+        return Counts(fired, firing.sum(), n_selected, len(step.target))
 
-    def _piece(self, x: Tensor, sparse: bool) -> tuple[dict[str, Tensor], Counts]:
-        step = self.run(x, sparse=sparse)
-        return {"reconstruction": squared_error(step.x_hat, x), **self.sums(step)}, self._counts(step)
+    def _piece(self, target: Tensor, sparse: bool) -> tuple[dict[str, Tensor], Counts, Tensor]:
+        step = self.run(target, sparse=sparse)
+        sums = self.sums(step)  # first: what they use up to a sum is free again for the reconstruction
+        sums["reconstruction"], error = step.squared_error(step.latents, self.W_dec, self.b_dec)
+        return sums, self._counts(step), error
 
-    def _piece_on(self, device: torch.device, sparse: bool) -> Callable[..., tuple[dict[str, Tensor], Counts]]:
+    def _piece_on(self, device: torch.device, sparse: bool) -> Callable[..., tuple[dict[str, Tensor], Counts, Tensor]]:
         # On a CUDA device the dense path's elementwise passes over [tokens, d_sae] cost as much as its products, unless
         # they are compiled into few. The sparse path has kernels of its own, and sizes that change with every batch.
         if sparse or device.type != "cuda":
@@ -274,6 +270,15 @@ class SAE(LightningSAE, ABC):
         if self._compiled_piece is None:
             self._compiled_piece = torch.compile(self._piece, dynamic=False)
         return self._compiled_piece
+
+    def _auxk(self, target: Tensor, errors: Sequence[Tensor]) -> dict[str, Tensor]:
+        dead = self.dead.nonzero().squeeze(1) if self.auxk_coefficient else ()
+        if not len(dead):
+            return {}
+        b_enc = getattr(self, self.encoder_bias)
+        loss = auxk_loss(self._encoder_input(target), -torch.cat(errors), self.W_enc.index_select(1, dead),
+                         b_enc.index_select(0, dead), self.W_dec.index_select(0, dead), self.d_in // 2)
+        return {"auxk": self.auxk_coefficient * loss}
 
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:
         """The training loss of raw activations [batch, d_in], in normalised units.
@@ -283,16 +288,17 @@ class SAE(LightningSAE, ABC):
         """
         if sparse is None:
             sparse = has_kernels(x.device.type) and float(self.density) < self.sparse_below_density
-        x, piece_of = self._normalise(x), self._piece_on(x.device, sparse)
+        piece_of = self._piece_on(x.device, sparse)
+        with torch.no_grad():
+            target = self._normalise(x, workspace.empty(*x.shape, like=self.b_dec)).sub_(self.b_dec)
         rows = len(x) if sparse else chunk_rows(x, self.d_sae)
         if rows >= len(x):
-            sums, counts = piece_of(x, sparse)
-        else:  # nothing of a chunk but its sums is kept for the backward pass, which computes it again
-            pieces = [checkpoint(piece_of, piece, sparse, use_reentrant=False) for piece in x.split(rows)]
-            sums = {name: sum(piece[name] for piece, _ in pieces) for name in pieces[0][0]}
-            each = [counts for _, counts in pieces]
-            counts = Counts(torch.stack([c.fired for c in each]).any(0), sum(c.n_fired for c in each),
-                            sum(c.n_selected for c in each), len(x))
-        means = {name: value / len(x) for name, value in sums.items()}
-        terms = {"reconstruction": means.pop("reconstruction"), **self.terms(means)}
-        return SAELoss(sum(terms.values()), terms, counts)
+            pieces = [piece_of(target, sparse)]
+        else:  # nothing of a chunk but its sums and error is kept for the backward pass, which computes it again
+            pieces = [checkpoint(piece_of, piece, sparse, use_reentrant=False) for piece in target.split(rows)]
+        sums, counts, errors = zip(*pieces, strict=True)
+        means = {name: sum(piece[name] for piece in sums) / len(x) for name in sums[0]}
+        terms = {"reconstruction": means.pop("reconstruction"), **self.terms(means), **self._auxk(target, errors)}
+        return SAELoss(sum(terms.values()), terms, Counts(
+            torch.stack([c.fired for c in counts]).any(0), sum(c.n_fired for c in counts),
+            sum(c.n_selected for c in counts), len(x)))

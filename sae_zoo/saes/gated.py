@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sae_zoo.functional.selection import Above, Selection
-from sae_zoo.saes.base import SAE, Step, at_latents, squared_error
+from sae_zoo.saes.base import SAE, Step, at_latents
 
 FORMS = ("original", "ri_l1")
 
@@ -53,11 +53,11 @@ class GatedSAE(SAE):
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         gate = torch.relu(step.pre_acts)
-        frozen = step.decode(gate, self.W_dec.detach(), self.b_dec.detach())
+        error, _ = step.squared_error(gate, self.W_dec.detach(), None)
         weighted = gate
         if self.form == "ri_l1":
             weighted = gate * step.of_latent(torch.linalg.vector_norm(self.W_dec, dim=1))
-        return {"l1": weighted.sum(dtype=torch.float32), "auxiliary": squared_error(frozen, step.x)}
+        return {"l1": weighted.sum(dtype=torch.float32), "auxiliary": error}
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"sparsity": self.coefficient * means["l1"], "auxiliary": means["auxiliary"]}

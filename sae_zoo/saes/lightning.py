@@ -150,8 +150,9 @@ class LightningSAE(pl.LightningModule):
         return self.l0_target * target_factor(step, n_steps=recipe.n_steps, start_factor=recipe.target_start_factor,
                                               anneal_fraction=recipe.target_anneal_fraction)
 
-    def optimizer_step(self, *args, **kwargs) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, *args, **kwargs) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # now: Lightning would keep gradients until the next forward pass has taken its memory too
         self.constrain()
 
     def constrain(self) -> None:

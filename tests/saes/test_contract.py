@@ -53,6 +53,14 @@ def test_every_variant_has_a_config():
     assert {config(path.stem).sae.variant for path in (CONFIG_DIR / "sae").glob("*.yaml")} == set(variants())
 
 
+def auxk(sae, x, x_hat):
+    dead, residual = sae.dead, (x - x_hat).detach()
+    pre_acts = ((x - sae.b_dec).detach() @ sae.W_enc + getattr(sae, sae.encoder_bias)).masked_fill(~dead, -torch.inf)
+    largest = pre_acts >= pre_acts.topk(D_IN // 2, dim=1).values[:, -1:]
+    e_hat = torch.where(largest, pre_acts.clamp_min(0), 0) @ sae.W_dec
+    return sae.auxk_coefficient * (residual - e_hat).square().sum() / residual.square().sum()
+
+
 def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae, monkeypatch):
     monkeypatch.setitem(encoder._CHUNK_ELEMENTS, "cpu", 1)
     raw = activations()
@@ -62,9 +70,9 @@ def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae, monke
     pre_acts = (x - sae.b_dec) @ sae.W_enc + getattr(sae, sae.encoder_bias)
     latents = sae.latents(pre_acts, None)
     x_hat = latents @ sae.W_dec + sae.b_dec
-    sums = sae.sums(Step(x, pre_acts, latents, None, x_hat))
+    sums = sae.sums(Step((x - sae.b_dec).detach(), pre_acts, latents, None))
     terms = sae.terms({name: value / len(x) for name, value in sums.items()})
-    oracle = (x - x_hat).square().sum() / len(x) + sum(terms.values())
+    oracle = (x - x_hat).square().sum() / len(x) + sum(terms.values()) + auxk(sae, x, x_hat)
     oracle.backward()
     expected = {name: p.grad for name, p in sae.named_parameters()}
     assert all(g is not None and g.abs().sum() > 0 for g in expected.values())

@@ -68,7 +68,7 @@ def test_auxk_reconstructs_the_residual_with_dead_latents_and_without_the_bias()
     sae.tokens_since_fired[[0, 3, 4]] = 100
     loss = sae.loss(x)
     pre = pre_activations(sae, x)
-    residual = (x - sae.run(x, sparse=False).x_hat).detach()
+    residual = (x - sae(x).x_hat).detach()
     e_hat = torch.zeros_like(x)
     for b in range(len(x)):
         best = sorted([0, 3, 4], key=lambda i: -pre[b, i].item())[:2]  # k_aux = d_in / 2
