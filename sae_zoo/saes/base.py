@@ -120,6 +120,7 @@ class SAE(LightningSAE, ABC):
 
     variant: ClassVar[str]
     encoder_bias: ClassVar[str] = "b_enc"
+    bias_is_threshold: ClassVar[bool] = False  # whether a latent is active as soon as its pre-activation is above 0
     # On which side of this share of active entries the dense path is faster (analysis/benchmark.py measures it).
     sparse_below_density: ClassVar[float] = 0.15
 
@@ -275,9 +276,10 @@ class SAE(LightningSAE, ABC):
         dead = self.dead.nonzero().squeeze(1) if self.auxk_coefficient else ()
         if not len(dead):
             return {}
-        b_enc = getattr(self, self.encoder_bias)
-        loss = auxk_loss(self._encoder_input(target), -torch.cat(errors), self.W_enc.index_select(1, dead),
-                         b_enc.index_select(0, dead), self.W_dec.index_select(0, dead), self.d_in // 2)
+        # A latent whose bias is its threshold is dead because its pre-activation is never above 0: without the bias it is.
+        bias = None if self.bias_is_threshold else getattr(self, self.encoder_bias).index_select(0, dead)
+        loss = auxk_loss(self._encoder_input(target), -torch.cat(errors), self.W_enc.index_select(1, dead), bias,
+                         self.W_dec.index_select(0, dead), self.d_in // 2)
         return {"auxk": self.auxk_coefficient * loss}
 
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:

@@ -22,6 +22,7 @@ class ReLUSAE(SAE):
     """
 
     variant = "relu"
+    bias_is_threshold = True
 
     def __init__(self, *, form: str = "l1", **common: Any):
         if form not in FORMS:

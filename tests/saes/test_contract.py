@@ -55,7 +55,8 @@ def test_every_variant_has_a_config():
 
 def auxk(sae, x, x_hat):
     dead, residual = sae.dead, (x - x_hat).detach()
-    pre_acts = ((x - sae.b_dec).detach() @ sae.W_enc + getattr(sae, sae.encoder_bias)).masked_fill(~dead, -torch.inf)
+    bias = 0 if sae.bias_is_threshold else getattr(sae, sae.encoder_bias)
+    pre_acts = ((x - sae.b_dec).detach() @ sae.W_enc + bias).masked_fill(~dead, -torch.inf)
     largest = pre_acts >= pre_acts.topk(D_IN // 2, dim=1).values[:, -1:]
     e_hat = torch.where(largest, pre_acts.clamp_min(0), 0) @ sae.W_dec
     return sae.auxk_coefficient * (residual - e_hat).square().sum() / residual.square().sum()
@@ -129,6 +130,19 @@ def test_the_dense_path_can_be_compiled(sae):
     sae._piece_on = lambda device, sparse: sae._compiled_piece
     for a, b in zip(torch.autograd.grad(sae.loss(raw, sparse=False).total, list(sae.parameters())), plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_latent_that_never_fires_can_learn(sae):
+    """AuxK reaches what is below its threshold everywhere; without it such a latent would stay as it is for ever."""
+    raw = activations()
+    sae.tokens_since_fired.zero_()[3] = 10**9
+    edge, value = {"jumprelu": ("threshold_parameter", 5.0), "topk": (sae.encoder_bias, -0.2)}.get(
+        sae.variant, (sae.encoder_bias, -50.0))
+    with torch.no_grad():
+        getattr(sae, edge)[3] = value
+    assert not (sae.encode(raw)[:, 3] > 0).any()
+    gradient = torch.autograd.grad(sae.loss(raw).total, sae.W_enc)[0][:, 3]
+    assert gradient.norm() > 0
 
 
 def test_dense_and_sparse_encoders_agree(sae):
