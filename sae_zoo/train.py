@@ -23,7 +23,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from sae_zoo.config import build_sae, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.data.module import ActivationData
-from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_sae
+from sae_zoo.evaluation.suite import held_out_rows, score_attribution, score_in_lm, score_sae
 from sae_zoo.memory import give_back_freed_memory
 from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
@@ -106,12 +106,13 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
     rows = held_out_rows(source.activations, "test", cfg.evaluation.n_rows, device=device, progress_bar=show)
     metrics, counts = score_sae(sae, rows)
     counts.write_csv(run_dir / "latents.csv")
-    lm_keys = ("ce_clean", "ce_spliced", "ce_ablated", "delta_lm_loss", "loss_recovered", "kl", "n_lm_targets")
+    lm_keys = ("ce_clean", "ce_spliced", "ce_ablated", "delta_lm_loss", "loss_recovered", "kl", "n_lm_targets", "r_l0")
     if source.lm is None:
         return {**metrics, **dict.fromkeys(lm_keys)}
     cache = source.activations
-    in_lm = score_in_lm(sae.reconstruct, source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"],
-                        n_tokens=cfg.evaluation.n_lm_tokens, batch_size=cfg.lm.batch_size, progress_bar=show)
+    where = (source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"])
+    how = {"n_tokens": cfg.evaluation.n_lm_tokens, "batch_size": cfg.lm.batch_size, "progress_bar": show}
+    in_lm = {**score_in_lm(sae.reconstruct, *where, **how), "r_l0": score_attribution(sae, *where, **how)}
     return {**metrics, **{key: in_lm[key] for key in lm_keys}}
 
 
@@ -126,6 +127,9 @@ def _identity(cfg: DictConfig) -> dict[str, Any]:
         "d_sae": cfg.d_sae, "n_steps": cfg.recipe.n_steps, "batch_size": cfg.recipe.batch_size,
         "n_tokens": cfg.recipe.n_steps * cfg.recipe.batch_size, "config_hash": config_hash(resolved),
         "versions": versions(),
+        **{f"sae.{key}": value for key, value in resolved["sae"].items()
+           if key not in ("name", "variant", "sparsity_coefficient")},
+        **{f"recipe.{key}": value for key, value in resolved["recipe"].items()},
     }
 
 

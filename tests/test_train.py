@@ -65,7 +65,8 @@ def test_a_sweep_ends_with_its_table_and_plot(run, sweep):
         assert 0 < record["fvu"] < 1 and record["delta_lm_loss"] > 0 and 0 < record["loss_recovered"] < 1
         assert record["l0_missed"] == (abs(record["l0"] / record["l0_target"] - 1) > 0.05)
         for key in ("variant", "mse", "relative_reconstruction_bias", "dead_fraction", "d_in", "d_sae", "n_tokens", "seed",
-                    "lm", "hook", "cache_id", "config_hash", "versions", "seconds", "cosine", "kl", "fraction_above_1pct"):
+                    "lm", "hook", "cache_id", "config_hash", "versions", "seconds", "cosine", "kl", "fraction_above_1pct",
+                    "r_l0", "sae.auxk_coefficient", "recipe.lr"):
             assert record[key] is not None, key
         assert {"config.yaml", "record.json", "sae.safetensors", "sae.json", "latents.csv"} <= {
             p.name for p in (sweep / job).iterdir()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from sae_zoo.evaluation.attribution import gradients, uniformity
 from sae_zoo.evaluation.latents import LatentCounts
 from sae_zoo.evaluation.lm_loss import lm_metrics
 from sae_zoo.evaluation.reconstruction import Reconstruction, ReconstructionSums
@@ -18,12 +19,15 @@ from sae_zoo.lm.hooks import HookPoint
 from sae_zoo.lm.load import LoadedLM
 
 _ROWS_AT_ONCE = 4096
+# Of each row of tokens, positions whose attributions are looked at, and the seed that draws them: the same for all runs.
+_ATTRIBUTED_POSITIONS, _ATTRIBUTION_SEED = 2, 0
 
 
 class EncodesAndDecodes(Protocol):
     """An SAE, as far as scoring needs it: raw activations in, raw reconstruction out."""
 
     d_sae: int
+    W_dec: Tensor
 
     def encode_sparse(self, x: Tensor) -> SparseCode: ...
 
@@ -57,6 +61,10 @@ def score_reconstruction(reconstruct: Callable[[Tensor], Tensor], rows: Iterable
     return sums.result()
 
 
+def _not_special(tokens: Tensor, special_ids: Iterable[int]) -> Tensor:
+    return ~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))
+
+
 def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: HookPoint, tokens: Tensor,
                 special_ids: Iterable[int], *, n_tokens: int, batch_size: int, progress_bar: bool) -> dict[str, Any]:
     """LM metrics with reconstructions spliced in, over the first ``n_tokens`` (about: whole rows) of packed ``tokens``.
@@ -66,7 +74,18 @@ def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: Hoo
         special_ids: token ids that are neither data points nor targets.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
-    keep = ~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))
-    result = asdict(lm_metrics(lm.model, hook, tokens, keep, reconstruct, batch_size=batch_size,
-                               progress_bar=progress_bar))
+    result = asdict(lm_metrics(lm.model, hook, tokens, _not_special(tokens, special_ids), reconstruct,
+                               batch_size=batch_size, progress_bar=progress_bar))
     return {**result, "n_lm_targets": result.pop("n_targets")}
+
+
+def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int],
+                      *, n_tokens: int, batch_size: int, progress_bar: bool) -> float:
+    """``r_l0``: the mean of :func:`sae_zoo.evaluation.attribution.uniformity` over a few positions of each row of the
+    first ``n_tokens`` of ``tokens``; arguments as for :func:`score_in_lm`.
+    """
+    tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
+    found = [uniformity(sae.encode_sparse(x), sae.W_dec, gradient.to(x.device)) for x, gradient in gradients(
+        lm.model, hook, tokens, _not_special(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
+        batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)]
+    return float(torch.cat(found).nanmean())
