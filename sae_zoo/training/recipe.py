@@ -14,7 +14,8 @@ class Recipe:
     Attributes:
         n_steps: optimiser steps.
         batch_size: activations a step, over all devices.
-        lr: peak learning rate of Adam.
+        lr: peak learning rate of Adam: of W_enc and b_dec.
+        decoder_lr: peak learning rate of W_dec.
         threshold_lr: peak learning rate of thresholds (JumpReLU).
         bias_lr: peak learning rate of whatever else is one number a latent: encoder biases, Gated's magnitudes.
         beta1, beta2, adam_eps: Adam's.
@@ -38,6 +39,7 @@ class Recipe:
     n_steps: int
     batch_size: int
     lr: float
+    decoder_lr: float
     threshold_lr: float
     bias_lr: float
     lr_l0: float | None
@@ -58,7 +60,7 @@ class Recipe:
     dead_after_tokens: int
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_size", "lr", "threshold_lr", "bias_lr", "adam_eps", "target_start_factor",
+        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "threshold_lr", "bias_lr", "adam_eps", "target_start_factor",
                      "dead_after_tokens"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
