@@ -17,7 +17,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from analysis.pareto import SeedGroup, front_of_curves, group_seeds, is_curve, label_of
-from analysis.style import FONT_SIZE, FRONT, TEXT, Style, label_curves, label_log_axes, styles
+from analysis.style import (
+    FONT_SIZE, FRONT, TEXT, Style, can_draw, draw_curve, label_curves, label_log_axes, save_figure, styles,
+)
 from sae_zoo.records import FINISHED, read_records
 
 Record = dict[str, Any]
@@ -55,27 +57,47 @@ def run_name(record: Record) -> str:
     return "/".join(Path(record["run_dir"]).parts[-2:])
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def check_comparable(finished: Iterable[Record]) -> None:
+def check_comparable(finished: Iterable[Record], keys: Iterable[str] = COMPARABLE) -> None:
     """Refuse runs that must not share a plot.
 
     Raises:
-        ValueError: if they differ in one of :data:`COMPARABLE`; it names the keys, the values and the runs.
+        ValueError: if they differ in one of ``keys``; it names the keys, the values and the runs.
     """
     finished = list(finished)
     differences = []
-    for key in COMPARABLE:
+    for key in keys:
         runs_of: dict[Any, list[str]] = {}
         for record in finished:
             runs_of.setdefault(record.get(key), []).append(run_name(record))
         if len(runs_of) > 1:
-            values = " against ".join(f"{value} ({_some(names)})" for value, names in runs_of.items())
+            values = " against ".join(f"{value} ({some(names)})" for value, names in runs_of.items())
             differences.append(f"{key} differs: {values}")
     if differences:
         raise ValueError("these runs cannot share a frontier; draw them separately: " + "; ".join(differences))
+
+
+def read_runs(directories: Iterable[Path | str]) -> tuple[list[Record], list[Record], list[str]]:
+    """All runs in and below ``directories``, those that have finished, and a line for each that has not.
+
+    A folder given twice, or with one inside the other, does not count its runs twice.
+
+    Raises:
+        ValueError: if a folder does not exist or holds no record, or no run has finished.
+    """
+    directories = list(directories)
+    records = list({Path(record["run_dir"]).resolve(): record for record in read_records(directories)}.values())
+    finished = [record for record in records if record.get("status") == FINISHED]
+    failed = [f"{run_name(record)}: {' '.join(str(record.get('error')).split())}"
+              for record in records if record.get("status") != FINISHED]
+    if not finished:
+        raise ValueError(f"no run has finished in {some([str(d) for d in directories])}; {len(failed)} failed, "
+                         f"the first with {failed[0]}")
+    return records, finished, failed
 
 
 def _number(value: float | None, form: str, spread: float | None = None) -> str:
@@ -131,13 +153,9 @@ def _notes(finished: list[Record], groups: list[SeedGroup]) -> list[str]:
     return notes
 
 
-def _can_draw(x: float | None, y: float | None) -> bool:
-    return x is not None and y is not None and x > 0 and y > 0
-
-
 def _left_out(finished: list[Record], key: str) -> str | None:
     left_out = [f"{run_name(r)} (L0 {_number(r.get('l0'), 'g')}, {_number(r.get(key), 'g')})" for r in finished
-                if not _can_draw(r.get("l0"), r.get(key))]
+                if not can_draw(r.get("l0"), r.get(key))]
     if not left_out:
         return None
     return f"note: not above 0 or missing, so left out of the log-log panel of {key}: {', '.join(left_out)}"
@@ -145,30 +163,21 @@ def _left_out(finished: list[Record], key: str) -> str | None:
 
 def _draw_panel(axes: Axes, groups: list[SeedGroup], key: str, look: dict[str, Style]) -> None:
     """One log-log panel: every run a marker, a line a label through its means over seeds, the front of all of them."""
+    axes.set_xscale("log")
+    axes.set_yscale("log")
     curves, ends = [], {}
     for label, style in look.items():
         own = [group for group in groups if group.label == label]
-        means = [(group.mean("l0"), group.mean(key)) for group in own]
-        means = sorted(point for point in means if _can_draw(*point))
-        runs = [(run.get("l0"), run.get(key)) for group in own for run in group.runs]
-        runs = [point for point in runs if _can_draw(*point)]
+        means, runs = draw_curve(axes, own, key, style)
         if not runs:
             continue
-        if means and is_curve(own):
-            axes.plot(*zip(*means), color=style.color, linewidth=1.6, zorder=2)
-            curves.append(means)
-        else:
-            curves += [[point] for point in means]
-        axes.plot(*zip(*runs), color=style.color, linestyle="none", marker=style.marker, markersize=6.5,
-                  markeredgecolor="white", markeredgewidth=0.7, zorder=3)
+        curves += [means] if means and is_curve(own) else [[point] for point in means]
         ends[label] = max(means or runs)
     # From where every curve has begun: a worse one that was measured at a slightly lower L0 is no frontier.
     start = max((min(curve)[0] for curve in curves if len(curve) > 1), default=0)
     front = [point for point in front_of_curves(curves) if point[0] >= start]
     axes.plot(*zip(*front), color=FRONT, linewidth=8, solid_capstyle="round", solid_joinstyle="round",
               zorder=1)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.margins(0.07)
     axes.set_xlim(*axes.get_xlim())
     axes.set_ylim(*axes.get_ylim())
@@ -214,14 +223,7 @@ def draw_frontier(directories: Sequence[Path | str] | Path | str, output: Path |
             comparable, or there is nothing to draw.
     """
     directories = [directories] if isinstance(directories, (str, Path)) else list(directories)
-    # A folder given twice, or with one inside the other, does not count its runs twice.
-    records = list({Path(record["run_dir"]).resolve(): record for record in read_records(directories)}.values())
-    finished = [record for record in records if record.get("status") == FINISHED]
-    failed = [f"{run_name(record)}: {' '.join(str(record.get('error')).split())}"
-              for record in records if record.get("status") != FINISHED]
-    if not finished:
-        raise ValueError(f"no run has finished in {_some([str(d) for d in directories])}; {len(failed)} failed, "
-                         f"the first with {failed[0]}")
+    records, finished, failed = read_runs(directories)
     check_comparable(finished)
     groups = group_seeds(finished)
 
@@ -229,7 +231,7 @@ def draw_frontier(directories: Sequence[Path | str] | Path | str, output: Path |
     lines = [format_table(groups), "", *_notes(finished, groups), *filter(None, (_left_out(finished, k) for k in keys))]
     if failed:
         lines += [f"failed ({len(failed)}):", *(f"  {line}" for line in failed)]
-    keys = [key for key in keys if any(_can_draw(r.get("l0"), r.get(key)) for r in finished)]
+    keys = [key for key in keys if any(can_draw(r.get("l0"), r.get(key)) for r in finished)]
     if not keys:
         raise ValueError(f"nothing to draw: no run in {directories[0]} has a positive L0 and a positive FVU")
 
@@ -237,22 +239,22 @@ def draw_frontier(directories: Sequence[Path | str] | Path | str, output: Path |
     runs = pd.DataFrame(rows, columns=list(_CSV_COLUMNS))
     folder = Path(directories[0] if output is None else output)
     folder.mkdir(parents=True, exist_ok=True)
-    csv, png, svg = (folder / f"frontier.{suffix}" for suffix in ("csv", "png", "svg"))
+    csv = folder / "frontier.csv"
     runs.to_csv(csv, index=False)
-    figure = _draw(finished, groups, keys)
-    figure.savefig(png)
-    figure.savefig(svg, metadata={"Date": None})
+    png, svg = save_figure(_draw(finished, groups, keys), folder / "frontier")
     return FrontierResult(runs, "\n".join(lines).rstrip(), csv, png, svg)
 
 
-class _OneLineParser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose user's mistakes end in one line on stderr and exit status 2."""
+
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one line on stderr and exit status 2."""
-    parser = _OneLineParser(prog="analysis.frontier", description="Table and plot of the frontier of finished runs.")
+    parser = OneLineParser(prog="analysis.frontier", description="Table and plot of the frontier of finished runs.")
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a run or a sweep, e.g. outputs/runs/<sweep>")
     parser.add_argument("--output", metavar="DIR", help="folder for the files; by default the first DIR")
     parsed = parser.parse_args(arguments)

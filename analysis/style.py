@@ -1,4 +1,5 @@
-"""How every plot looks: one colour and marker a variant, plain numbers on log axes, labels beside the curves.
+"""How every plot looks: one colour and marker a variant, plain numbers on log axes, labels beside the curves, the same
+bytes from the same runs.
 
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which stay apart under the common colour blindnesses;
 markers differ as well, so that a grey print is readable. Their yellow is left out: it vanishes on white paper.
@@ -9,10 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+
+from analysis.pareto import SeedGroup, is_curve
 
 FONT_SIZE = 10.0
 TEXT = "#333333"
@@ -32,17 +38,19 @@ STYLES = {
     "topk": Style("#D55E00", "^"),
     "jumprelu": Style("#0072B2", "o"),
 }
+# Another form of a variant: its hue, lighter, with a marker of its own.
+FORMS = {"gated_ri_l1": Style("#57B893", "v")}
 # For other names. The two lengths have no common divisor, so that all their pairs come before one returns.
 _COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#777777")
-_MARKERS = ("v", "p", "<", "*", ">")
+_MARKERS = ("p", "<", "*", ">", "P")
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A style for each label: the variant's own, and for other names the next of a fixed cycle, in order of name."""
-    labels = set(labels)
-    others = sorted(labels - STYLES.keys())
+    labels, fixed = set(labels), STYLES | FORMS
+    others = sorted(labels - fixed.keys())
     cycle = {name: Style(_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(others)}
-    return {label: STYLES.get(label) or cycle[label] for label in sorted(labels)}
+    return {label: fixed.get(label) or cycle[label] for label in sorted(labels)}
 
 
 def readable_ticks(low: float, high: float) -> list[float]:
@@ -58,17 +66,47 @@ def readable_ticks(low: float, high: float) -> list[float]:
     return [float(tick) for tick in ticks if low <= tick <= high]
 
 
-def label_log_axes(axes: Axes) -> None:
-    """Plain numbers on both log axes of ``axes`` (20, 40, 80), whose limits are final, over faint grid lines."""
+def label_log_axes(axes: Axes, size: float = FONT_SIZE) -> None:
+    """Plain numbers on the log axes of ``axes`` (20, 40, 80), whose limits are final, over faint grid lines."""
     for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        axis.set_major_locator(FixedLocator(readable_ticks(*limits)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
-        axis.set_minor_formatter(NullFormatter())
+        if axis.get_scale() == "log":
+            axis.set_major_locator(FixedLocator(readable_ticks(*limits)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+            axis.set_minor_formatter(NullFormatter())
     axes.grid(which="major", color="#EBEBEB", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(which="both", color=FAINT, labelcolor=TEXT, labelsize=FONT_SIZE)
+    axes.tick_params(which="both", color=FAINT, labelcolor=TEXT, labelsize=size)
+
+
+def can_draw(l0: float | None, value: float | None, *, log: bool = True) -> bool:
+    """Whether a point can be shown: L0 is always on a log axis, and the value is where ``log``."""
+    return l0 is not None and value is not None and l0 > 0 and (value > 0 or not log)
+
+
+def draw_curve(axes: Axes, groups: Sequence[SeedGroup], key: str, style: Style, *, marker_size: float = 6.5
+               ) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """One label's metric against L0: every run a marker, a line through its means over seeds where they are a curve.
+
+    Args:
+        axes: their scales are final; what they cannot show (see :func:`can_draw`) is left out.
+        groups: of one label.
+        key: the metric's key in a record.
+
+    Returns:
+        (means by rising L0, runs), the (l0, value) points that can be shown.
+    """
+    log = axes.get_yscale() == "log"
+    means = sorted(point for group in groups if can_draw(*(point := (group.mean("l0"), group.mean(key))), log=log))
+    runs = [point for group in groups for run in group.runs
+            if can_draw(*(point := (run.get("l0"), run.get(key))), log=log)]
+    if runs and means and is_curve(groups):
+        axes.plot(*zip(*means), color=style.color, linewidth=0.25 * marker_size, zorder=2)
+    if runs:
+        axes.plot(*zip(*runs), color=style.color, linestyle="none", marker=style.marker, markersize=marker_size,
+                  markeredgecolor="white", markeredgewidth=0.11 * marker_size, zorder=3, clip_on=False)
+    return means, runs
 
 
 def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -92,11 +130,12 @@ def spread_apart(wanted: Sequence[float], gap: float, low: float, high: float) -
     return [float(placed[order.index(i)]) for i in range(n)]
 
 
-def label_curves(axes: Axes, ends: dict[str, tuple[float, float]], look: dict[str, Style]) -> None:
+def label_curves(axes: Axes, ends: dict[str, tuple[float, float]], look: dict[str, Style],
+                 size: float = FONT_SIZE) -> None:
     """Write each curve's name right of ``axes``, whose limits are final, with a dotted line to where the curve ends.
 
     Args:
-        axes: log-log axes.
+        axes: their scales and place in the figure are final too.
         ends: label -> (x, y) of the curve's last point.
         look: label -> style.
     """
@@ -105,11 +144,20 @@ def label_curves(axes: Axes, ends: dict[str, tuple[float, float]], look: dict[st
     to_axes = axes.transData + axes.transAxes.inverted()
     height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
     wanted = [float(to_axes.transform(end)[1]) for end in ends.values()]
-    placed = spread_apart(wanted, 1.35 * FONT_SIZE / height, 0.0, 1.0)
+    placed = spread_apart(wanted, 1.35 * size / height, 0.0, 1.0)
     for (label, end), y in zip(ends.items(), placed):
         axes.annotate(
-            label, xy=end, xytext=(1.04, y), textcoords="axes fraction", va="center", fontsize=FONT_SIZE,
+            label, xy=end, xytext=(1.04, y), textcoords="axes fraction", va="center", fontsize=size,
             color=look[label].color, fontweight="bold", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "linestyle": (0, (1, 2)), "linewidth": 1.0, "color": look[label].color,
                         "relpos": (0.0, 0.5), "shrinkA": 2, "shrinkB": 6},
         )
+
+
+def save_figure(figure: Figure, path: Path) -> tuple[Path, Path]:
+    """Write ``figure`` to ``path`` + .png and + .svg, the same bytes for the same figure; returns both paths."""
+    png, svg = path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
+    figure.savefig(png)
+    with matplotlib.rc_context({"svg.hashsalt": "sae_zoo"}):  # ids within the file would be random
+        figure.savefig(svg, metadata={"Date": None})
+    return png, svg
