@@ -43,23 +43,27 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[bool]:
     return on_front
 
 
-def interpolate_at(l0s: Sequence[float], values: Sequence[float], at: float) -> float:
+def interpolate_at(l0s: Sequence[float], values: Sequence[float], at: float, *, log_values: bool = True) -> float:
     """The value of a curve at L0 ``at``: straight lines between its points on log-log axes, as it is drawn.
 
     Args:
         l0s: measured L0 of the curve's points, in any order.
         values: a loss at each of them.
         at: an L0 between the lowest and the highest of ``l0s``.
+        log_values: False for what may be zero, a share of latents say: the lines are then straight on a log L0 axis and
+            a linear one.
 
     Raises:
-        ValueError: if ``at`` is outside the curve (it is never extrapolated), a number is not positive and finite, two
-            points have the same L0, or the lengths differ or are zero.
+        ValueError: if ``at`` is outside the curve (it is never extrapolated), an L0 (or with ``log_values`` a value) is
+            not positive and finite, two points have the same L0, or the lengths differ or are zero.
     """
     if len(l0s) != len(values) or not len(l0s):
         raise ValueError(f"a curve needs as many values as L0s and at least one; got {len(values)} and {len(l0s)}")
-    for number in (*l0s, *values, at):
+    for number in (*l0s, *values, at) if log_values else (*l0s, at):
         if number is None or not 0 < number < math.inf:
             raise ValueError(f"{number} cannot be interpolated in log-log; L0s and values must be positive and finite")
+    if not all(value is not None and math.isfinite(value) for value in values):
+        raise ValueError(f"{list(values)} cannot be interpolated; values must be finite")
     if len(set(l0s)) < len(l0s):
         raise ValueError(f"two points of a curve have the same L0 ({sorted(l0s)}); average them over seeds first")
     low, high = min(l0s), max(l0s)
@@ -67,6 +71,8 @@ def interpolate_at(l0s: Sequence[float], values: Sequence[float], at: float) -> 
         raise ValueError(f"L0 {at:g} is outside the curve, which was measured from {low:g} to {high:g}; "
                          "choose an L0 inside it, or train at a target beyond it")
     l0s, values = zip(*sorted(zip(l0s, values)))
+    if not log_values:
+        return float(np.interp(np.log(at), np.log(l0s), values))
     return float(np.exp(np.interp(np.log(at), np.log(l0s), np.log(values))))
 
 

@@ -1,0 +1,61 @@
+"""All claims on one body of evidence: judged, as a table for people, as plain values."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from analysis.claims import ablations, frontiers, measurements
+from analysis.claims.evidence import Evidence
+from analysis.claims.finding import Check, Finding, unique
+
+_CHECKS = frontiers.CHECKS | ablations.CHECKS | measurements.CHECKS
+CHECKS: dict[str, Check] = {name: _CHECKS[name] for name in sorted(_CHECKS, key=lambda name: int(name[1:]))}
+WIDTH = 118
+_SHOWN = 12  # lines of what was left out; --json has all
+
+
+def judge(evidence: Evidence) -> dict[str, Finding]:
+    """Every claim's finding, by its name in the paper's list.
+
+    Raises:
+        ValueError: if a measured file is something else.
+    """
+    return {name: check.judge(evidence) for name, check in CHECKS.items()}
+
+
+def as_json(findings: Mapping[str, Finding], evidence: Evidence) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    claims = {name: {**found.as_json(), "statement": CHECKS[name].statement, "rule": CHECKS[name].rule}
+              for name, found in findings.items()}
+    return {"claims": claims, "left_out": evidence.left_out}
+
+
+def format_table(findings: Mapping[str, Finding]) -> str:
+    """A row a claim, in at most WIDTH columns; the effect on as many lines as it takes."""
+    statements = max(len(CHECKS[name].statement) for name in findings)
+    head = f"{'':5}{'claim':{statements + 2}}{'verdict':14}{'runs':>5}"
+    lines = [f"{head}  effect [95 % interval]", "-" * WIDTH]
+    for name, found in findings.items():
+        effect = textwrap.wrap(found.words, WIDTH - len(head) - 2)
+        row = f"{name:5}{CHECKS[name].statement:{statements + 2}}{found.verdict:14}{found.n_runs:5}"
+        lines.append(f"{row}  {effect[0]}")
+        lines += [" " * (len(head) + 2) + line for line in effect[1:]]
+    return "\n".join(lines)
+
+
+def format_notes(findings: Mapping[str, Finding], evidence: Evidence) -> str:
+    """Caveats, each with the claims that it is one of, and what was left out."""
+    lines = ["caveats:"]
+    for caveat in unique(line for found in findings.values() for line in found.caveats if line != found.words):
+        names = ", ".join(name for name, found in findings.items() if caveat in found.caveats)
+        lines += textwrap.wrap(f"{names}: {caveat}", WIDTH, initial_indent="  ", subsequent_indent="    ")
+    left_out = unique([*evidence.left_out, *(line for found in findings.values() for line in found.left_out)])
+    if left_out:
+        lines += ["", f"left out ({len(left_out)}):"]
+        for line in left_out[:_SHOWN]:
+            lines += textwrap.wrap(line, WIDTH, initial_indent="  ", subsequent_indent="    ")
+        if len(left_out) > _SHOWN:
+            lines.append(f"  and {len(left_out) - _SHOWN} more, which --json tells")
+    return "\n".join(lines)
