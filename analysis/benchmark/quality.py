@@ -198,7 +198,8 @@ class Trial:
         found = at_l0(runs, "l0_validation", "fvu_validation", self.middle)
         if found is None:
             return math.inf
-        self._known = [(control, run["l0_validation"]) for control, run in zip(controls, runs)]
+        if not self.rising:  # coefficients at one rate tell where to look at the next; a target is its own best guess
+            self._known = [(control, run["l0_validation"]) for control, run in zip(controls, runs)]
         return found
 
     def choose_lr(self, lrs: Sequence[float], seed: int) -> dict[float, float]:
