@@ -222,7 +222,8 @@ class Bench:
         start = time.perf_counter()
         sae = fit(config, self._source, scratch)
         seconds = time.perf_counter() - start
-        settings = {**OmegaConf.to_container(config.sae), **OmegaConf.to_container(config.recipe)}
+        settings = {**OmegaConf.to_container(config.recipe), **OmegaConf.to_container(config.sae, resolve=True),
+                    "d_sae": job.d_sae}  # the recipe's own is a default
         return sae, {"seconds": seconds, "settings": settings, "notes": []}
 
     def _train_peer(self, job: Job, scratch: Path) -> tuple[SAE, dict[str, Any]]:
