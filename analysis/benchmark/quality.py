@@ -37,6 +37,9 @@ _METRICS = ("fvu", "delta_lm_loss")
 # Where L0 is not set exactly: L0s on both sides of the one at which rates are compared, and beyond the table's ends.
 _AROUND, _BEYOND = 1.4, 1.35
 _MOST_RUNS_A_CURVE = 5
+# How near in log L0 a run has to be to what was aimed at, how often to aim at one L0, and between which neighbours a
+# value may be interpolated: curves bend downwards on log-log axes, so a chord over a wide gap flatters.
+_NEAR, _MOST_AIMS, _WIDEST_GAP = 0.15, 3, 2.5
 _MOST_EXTENSIONS = 3
 
 Train = Callable[[float], Record]
@@ -106,10 +109,13 @@ def next_control(points: Sequence[tuple[float, float]], wanted: float, *, rising
 
 
 def at_l0(records: Sequence[Record], l0_key: str, key: str, at: float) -> float | None:
-    """``key`` of a curve of runs at L0 ``at``, log-log between them; None outside them or where a value cannot be."""
+    """``key`` of a curve of runs at L0 ``at``, log-log between them; None outside them, where the two next to it are too
+    far apart, or where a value cannot be.
+    """
     points = {run[l0_key]: run[key] for run in records
               if run[key] is not None and run[key] > 0 and run[l0_key] is not None and run[l0_key] > 0}
-    if not points or not min(points) <= at <= max(points):
+    below, above = [l0 for l0 in points if l0 <= at], [l0 for l0 in points if l0 >= at]
+    if not below or not above or min(above) / max(below) > _WIDEST_GAP:
         return None
     return interpolate_at(list(points), list(points.values()), at)
 
@@ -120,7 +126,8 @@ def bracket(train: Train, wanted: Sequence[float], within: tuple[float, float], 
 
     Args:
         train: a run at a control.
-        wanted: L0s to aim at first, by rising L0; the first and the last are aimed at again until they are far enough.
+        wanted: L0s to have a run near each of, by rising L0; the first and the last are aimed at again until they are far
+            enough.
         controls: those already chosen for this curve; those of new runs are appended.
         known: (control, L0) of other runs that tell roughly where to begin, at least one unless ``controls`` are given.
 
@@ -142,7 +149,9 @@ def bracket(train: Train, wanted: Sequence[float], within: tuple[float, float], 
         return any(abs(math.log(control / c)) >= math.log(2) and abs(l0 - l) <= 0.01 * l for c, l in before)
 
     for l0 in wanted:
-        if not any(abs(math.log(max(found, 0.1) / l0)) < 0.15 for _, found in own()):
+        for _ in range(_MOST_AIMS):
+            if any(abs(math.log(max(found, 0.1) / l0)) < _NEAR for _, found in own()) or (len(runs) > 1 and stuck()):
+                break
             aim(l0)
     for _ in range(_MOST_RUNS_A_CURVE):
         if stuck():
@@ -219,8 +228,8 @@ class Trial:
             return [[self.run(lr, target, seed) for target in self.targets] for seed in seeds]
         low, high = self.targets[0] / _BEYOND, self.targets[-1] * _BEYOND
         controls = list(self._controls[lr])
-        bracket(lambda control: self.run(lr, control, seeds[0]), (low, high), (self.targets[0], self.targets[-1]),
-                controls, rising=self.rising, known=self._known)
+        bracket(lambda control: self.run(lr, control, seeds[0]), (low, *self.targets, high),
+                (self.targets[0], self.targets[-1]), controls, rising=self.rising, known=self._known)
         return [sorted((self.run(lr, control, seed) for control in controls), key=lambda run: run["l0"])
                 for seed in seeds]
 
