@@ -18,7 +18,7 @@ from sae_zoo.config import CONFIG_DIR
 from sae_zoo.data.cache import open_cache
 from sae_zoo.records import read_record
 
-SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "d_sae=512", "recipe.n_steps=60",
+SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "d_sae=512", "recipe.n_steps=100",
          "recipe.batch_size=256", "evaluation.n_lm_tokens=1024", "trainer.progress_bar=false",
          "trainer.checkpoint_every=20", "trainer.validation_every=20"]
 
