@@ -16,7 +16,6 @@ from analysis.paper import FIGURES, NotMeasured, draw_paper, load_runs
 from analysis.paper.__main__ import main
 from analysis.paper.curves import METRICS, draw_curves, notes_on_curves
 from analysis.style import FORMS, STYLES, styles
-from sae_zoo.records import write_record
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("gated", "gated_ri_l1", "jumprelu", "relu", "topk")
@@ -38,24 +37,6 @@ def record(label="topk", target=20, seed=0, hook="residual.3", **values):
 
 def grid(labels=("jumprelu", "topk"), targets=(10, 40, 160), seeds=(0, 1), hooks=("residual.3",), **values):
     return [record(v, t, s, h, **values) for h in hooks for v in labels for t in targets for s in seeds]
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """Writes records into a sweep folder, one job each, latents.csv beside those that have frequencies."""
-
-    def write(*records, name="sweep"):
-        for i, values in enumerate(records):
-            values = dict(values)
-            frequencies = values.pop("frequencies", None)
-            write_record(tmp_path / name / f"job{i:03d}", values)
-            if frequencies is not None:
-                rows = [f"{j},{frequency:.6g},1.0,2.0\n" for j, frequency in enumerate(frequencies)]
-                (tmp_path / name / f"job{i:03d}" / "latents.csv").write_text(
-                    "latent,frequency,mean_active_value,max_value\n" + "".join(rows))
-        return tmp_path / name
-
-    return write
 
 
 def panels(figure):

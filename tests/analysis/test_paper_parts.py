@@ -12,7 +12,6 @@ from analysis.paper import FIGURES, NotMeasured, load_runs
 from analysis.paper.frequencies import common_target, draw_frequencies, histogram, notes_on_frequencies
 from analysis.paper.windows import BANDWIDTH, THRESHOLD, draw_windows
 from sae_zoo.functional.activations import KERNEL_STD, heaviside, jumprelu
-from sae_zoo.records import write_record
 
 
 def record(label="topk", target=20, seed=0, **values):
@@ -26,24 +25,6 @@ def record(label="topk", target=20, seed=0, **values):
 
 def grid(labels=("jumprelu", "topk"), targets=(10, 40, 160), seeds=(0, 1)):
     return [record(v, t, s) for v in labels for t in targets for s in seeds]
-
-
-@pytest.fixture
-def sweep(tmp_path):
-    """Writes records into a sweep folder, one job each, latents.csv beside those that have frequencies."""
-
-    def write(*records, name="sweep"):
-        for i, values in enumerate(records):
-            values = dict(values)
-            frequencies = values.pop("frequencies", None)
-            write_record(tmp_path / name / f"job{i:03d}", values)
-            if frequencies is not None:
-                rows = [f"{j},{frequency:.6g},1.0,2.0\n" for j, frequency in enumerate(frequencies)]
-                (tmp_path / name / f"job{i:03d}" / "latents.csv").write_text(
-                    "latent,frequency,mean_active_value,max_value\n" + "".join(rows))
-        return tmp_path / name
-
-    return write
 
 
 def latents(seed, n=400, dead=0.1):
