@@ -65,15 +65,15 @@ class LightningSAE(pl.LightningModule):
         """Data-dependent start from raw activations [n, d_in], as far as the recipe has one.
 
         ``b_dec`` starts at the mean; each latent's threshold (or bias) at the quantile of its pre-activations that makes
-        it active on ``l0_start * l0_target / d_sae`` of the tokens. At such an L0 the tied encoder overshoots
-        severalfold, so it is scaled to the least-squares multiple of its reconstruction.
+        it active on ``l0_start * l0_target / d_sae`` of the tokens (:meth:`at_start`). At such an L0 the tied encoder
+        overshoots severalfold, so it is scaled to the least-squares multiple of its reconstruction.
         """
         x = self._normalise(x)
         if self.recipe.b_dec_start == "mean":
             self.b_dec.copy_(x.mean(0))
         if self.recipe.l0_start is None or self.l0_target is None:
             return
-        rank = max(1, round(min(0.5, self.recipe.l0_start * self.l0_target / self.d_sae) * len(x)))
+        rank = max(1, round(min(0.5, self.at_start(self.recipe.l0_start) * self.l0_target / self.d_sae) * len(x)))
         centred, x_hat, quantiles = x - self.b_dec, torch.zeros_like(x), x.new_empty(self.d_sae)
         for ids in torch.arange(self.d_sae, device=x.device).split(max(1, _START_CHUNK_ELEMENTS // len(x))):
             pre_acts = centred @ self.W_enc[:, ids]
@@ -82,6 +82,12 @@ class LightningSAE(pl.LightningModule):
         scale = float((x_hat * centred).sum() / x_hat.square().sum())
         self.W_enc.mul_(scale)
         self.start_at(quantiles * scale)
+
+    def at_start(self, factor: float) -> float:
+        """``factor``, cut so that ``l0_target`` times it is at most ``d_in``: more latents than dimensions reconstruct
+        anything, so a start with them teaches nothing, and L0 falls from it too fast to be caught.
+        """
+        return min(factor, max(1.0, self.d_in / self.l0_target))
 
     # End.
 
@@ -147,8 +153,8 @@ class LightningSAE(pl.LightningModule):
         if not self.controlled:
             return self.l0_target
         recipe = self.recipe
-        return self.l0_target * target_factor(step, n_steps=recipe.n_steps, start_factor=recipe.target_start_factor,
-                                              anneal_fraction=recipe.target_anneal_fraction)
+        return self.l0_target * target_factor(step, n_steps=recipe.n_steps, anneal_fraction=recipe.target_anneal_fraction,
+                                              start_factor=self.at_start(recipe.target_start_factor))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, *args, **kwargs) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
@@ -178,7 +184,7 @@ class LightningSAE(pl.LightningModule):
             raise ValueError(f"loss is {loss.total.item()} at step {self.global_step}; lower recipe.lr "
                              f"({self.recipe.lr}) or check the activations")
         l0 = self._count(loss.counts)
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # when Lightning hands it to the loggers
             x = self._normalise(batch)
             fvu = loss.terms["reconstruction"].detach() * len(x) / (x - x.mean(0)).square().sum()
             self.log_dict({"L0": l0, "FVU": fvu}, prog_bar=True)

@@ -28,7 +28,8 @@ class Recipe:
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
         l0_start: None (the paper: thresholds and biases as the variant's yaml says) or the multiple of ``l0_target`` at
             which every latent's threshold or bias starts, as a quantile of its first pre-activations.
-        target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`.
+        target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`. This factor and
+            ``l0_start`` are cut where more latents than dimensions would be active.
         control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
         dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK).
 
