@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 # Kernels by name: (K(u), half-width of the support in units of the bandwidth). Rectangle is the paper's; the others are
-# named in its appendix. The Gaussian is cut where it has fallen below 4e-4 of its peak.
+# named in its appendix. The Gaussian is cut where it has fallen below 4e-4 of its peak. K may overwrite u.
 _SQRT_2PI = math.sqrt(2 * math.pi)
 KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
-    "rectangle": (lambda u: (u.abs() < 0.5).to(u.dtype), 0.5),
+    "rectangle": (lambda u: u.abs_().lt_(0.5), 0.5),
     "triangle": (lambda u: (1 - u.abs()).clamp_min(0), 1.0),
     "epanechnikov": (lambda u: (0.75 * (1 - u * u)).clamp_min(0), 1.0),
     "gaussian": (lambda u: torch.exp(-0.5 * u * u) / _SQRT_2PI * (u.abs() < 4.0), 4.0),
@@ -48,61 +48,77 @@ def kernel_half_width(kernel: str, bandwidth: float) -> float:
 
 def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float, kernel: str) -> Tensor:
     """(1 / eps) K((z - theta) / eps), in float32."""
-    return KERNELS[kernel][0]((pre_acts.float() - threshold.float()) / bandwidth) / bandwidth
+    # In place as far as it goes: with hundreds of thousands of entries every temporary shows in the peak of memory.
+    return KERNELS[kernel][0]((pre_acts.float() - threshold.float()).div_(bandwidth)).div_(bandwidth)
+
+
+def _of_entries(threshold: Tensor, ids: Tensor | None) -> Tensor:
+    return threshold if ids is None else threshold.index_select(0, ids)
+
+
+def _of_thresholds(d_entries: Tensor, threshold: Tensor, ids: Tensor | None) -> Tensor:
+    if ids is None:
+        return d_entries.sum_to_size(threshold.shape).to(threshold.dtype)
+    return torch.zeros_like(threshold).index_add_(0, ids, d_entries.to(threshold.dtype))
+
+
+# Thresholds are laid out by entry when they are needed, and again in the backward pass, not kept from one to the other.
 
 
 class _JumpReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts):
-        ctx.save_for_backward(pre_acts, threshold)
+    def forward(ctx, pre_acts, threshold, ids, bandwidth, kernel, ste_into_pre_acts):
+        ctx.save_for_backward(pre_acts, threshold, ids)
         ctx.bandwidth, ctx.kernel, ctx.ste_into_pre_acts = bandwidth, kernel, ste_into_pre_acts
-        return pre_acts * (pre_acts > threshold)
+        return pre_acts * (pre_acts > _of_entries(threshold, ids))
 
     @staticmethod
     def backward(ctx, grad):
-        pre_acts, threshold = ctx.saved_tensors
-        edge = threshold.float() * _window(pre_acts, threshold, ctx.bandwidth, ctx.kernel)
-        d_pre = grad * (pre_acts > threshold)
+        pre_acts, threshold, ids = ctx.saved_tensors
+        edges = _of_entries(threshold, ids)
+        d_pre = grad * (pre_acts > edges)
+        d_edges = _window(pre_acts, edges, ctx.bandwidth, ctx.kernel).mul_(edges.float()).mul_(grad.float())
         if ctx.ste_into_pre_acts:
-            d_pre = d_pre + (grad.float() * edge).to(grad.dtype)
-        return d_pre, (-grad.float() * edge).sum_to_size(threshold.shape).to(threshold.dtype), None, None, None
+            d_pre += d_edges.to(grad.dtype)
+        return d_pre, _of_thresholds(d_edges.neg_(), threshold, ids), None, None, None, None
 
 
 class _Heaviside(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts):
-        ctx.save_for_backward(pre_acts, threshold)
+    def forward(ctx, pre_acts, threshold, ids, bandwidth, kernel, ste_into_pre_acts):
+        ctx.save_for_backward(pre_acts, threshold, ids)
         ctx.bandwidth, ctx.kernel, ctx.ste_into_pre_acts = bandwidth, kernel, ste_into_pre_acts
-        return (pre_acts > threshold).to(torch.float32)
+        return (pre_acts > _of_entries(threshold, ids)).to(torch.float32)
 
     @staticmethod
     def backward(ctx, grad):
-        pre_acts, threshold = ctx.saved_tensors
-        edge = grad * _window(pre_acts, threshold, ctx.bandwidth, ctx.kernel)
-        d_pre = edge.to(pre_acts.dtype) if ctx.ste_into_pre_acts else None
-        return d_pre, -edge.sum_to_size(threshold.shape).to(threshold.dtype), None, None, None
+        pre_acts, threshold, ids = ctx.saved_tensors
+        d_edges = _window(pre_acts, _of_entries(threshold, ids), ctx.bandwidth, ctx.kernel).mul_(grad)
+        d_pre = d_edges.to(pre_acts.dtype, copy=True) if ctx.ste_into_pre_acts else None
+        return d_pre, _of_thresholds(d_edges.neg_(), threshold, ids), None, None, None, None
 
 
-def jumprelu(pre_acts: Tensor, threshold: Tensor, *, bandwidth: float, kernel: str = "rectangle",
-             ste_into_pre_acts: bool = False) -> Tensor:
+def jumprelu(pre_acts: Tensor, threshold: Tensor, *, ids: Tensor | None = None, bandwidth: float,
+             kernel: str = "rectangle", ste_into_pre_acts: bool = False) -> Tensor:
     """z * H(z - theta), with the paper's pseudo-derivatives.
 
     Args:
         pre_acts: z, any shape.
-        threshold: theta, broadcasts to ``pre_acts``.
+        threshold: theta, broadcasts to ``pre_acts``; or with ``ids`` [d_sae].
+        ids: [n_active] of ``pre_acts`` [n_active]: which of the thresholds is each entry's.
         bandwidth: eps, in the units of ``pre_acts``.
         kernel: a key of :data:`KERNELS`.
         ste_into_pre_acts: also send the window's gradient into ``pre_acts``, as the derivative of a function of
             z - theta would; the paper does not (claim C13 says that it hurts).
     """
-    return _JumpReLU.apply(pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts)
+    return _JumpReLU.apply(pre_acts, threshold, ids, bandwidth, kernel, ste_into_pre_acts)
 
 
-def heaviside(pre_acts: Tensor, threshold: Tensor, *, bandwidth: float, kernel: str = "rectangle",
-              ste_into_pre_acts: bool = False) -> Tensor:
+def heaviside(pre_acts: Tensor, threshold: Tensor, *, ids: Tensor | None = None, bandwidth: float,
+              kernel: str = "rectangle", ste_into_pre_acts: bool = False) -> Tensor:
     """H(z - theta) in float32, with the paper's pseudo-derivative into theta; summed over latents it is the L0.
 
     It takes **pre-activations**: on latents that a JumpReLU has already cut, the lower half of the window is empty and
     the gradient about half of what it should be. Arguments as :func:`jumprelu`.
     """
-    return _Heaviside.apply(pre_acts, threshold, bandwidth, kernel, ste_into_pre_acts)
+    return _Heaviside.apply(pre_acts, threshold, ids, bandwidth, kernel, ste_into_pre_acts)

@@ -123,21 +123,28 @@ def _kth_largest(buffer, n, k):
 
 
 @njit(nogil=True, cache=True)
+def _largest_of_classes(row, bias, best):
+    """Into ``best``: the largest entry of ``row + bias`` in each residue class of columns."""
+    n_classes = best.shape[0]
+    for c in range(n_classes):
+        best[c] = row[c] + bias[c]
+    for first in range(n_classes, row.shape[0], n_classes):
+        part, part_bias = row[first : first + n_classes], bias[first : first + n_classes]
+        for c in range(part.shape[0]):
+            value = part[c] + part_bias[c]
+            best[c] = value if value > best[c] else best[c]
+
+
+@njit(nogil=True, cache=True)
 def _select_largest(start, stop, product, bias, k, n_classes, ids, values):
     n = product.shape[1]
     best, scratch = np.empty(n_classes, product.dtype), np.empty(n, product.dtype)
     candidates, columns = np.empty(n, product.dtype), np.empty(n, np.int64)
     for r in range(start, stop):
         row = product[r]
-        # The largest entry of each residue class of columns; k of these are entries of the row, so the k-th largest of
-        # them is a lower bound of the row's, and nearly as large.
-        for c in range(n_classes):
-            best[c] = row[c] + bias[c]
-        for first in range(n_classes, n, n_classes):
-            part, part_bias = row[first : first + n_classes], bias[first : first + n_classes]
-            for c in range(part.shape[0]):
-                value = part[c] + part_bias[c]
-                best[c] = value if value > best[c] else best[c]
+        # k of these are entries of the row, so the k-th largest of them is a lower bound of the row's, and nearly as
+        # large.
+        _largest_of_classes(row, bias, best)
         scratch[:n_classes] = best
         bound, m = _kth_largest(scratch, n_classes, k), 0
         for c in range(n_classes):
@@ -172,6 +179,42 @@ def select_largest(product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tenso
     ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k, dtype=_sum_type(product))
     n_classes = min(n, max(4 * k, n // _CLASS_SIZE))
     _in_parallel(_select_largest, rows, lambda _: (*_arrays(product, bias), k, n_classes, *_arrays(ids, values)))
+    return ids, values
+
+
+@njit(nogil=True, cache=True)
+def _select_largest_of_buckets(start, stop, product, bias, k, n_buckets, ids, values):
+    best, scratch = np.empty(n_buckets, product.dtype), np.empty(n_buckets, product.dtype)
+    for r in range(start, stop):
+        row = product[r]
+        _largest_of_classes(row, bias, best)
+        scratch[:] = best
+        bound, above, filled = _kth_largest(scratch, n_buckets, k), 0, 0
+        for c in range(n_buckets):
+            above += np.int64(best[c] > bound)
+        for c in range(n_buckets):
+            value = best[c]
+            if value > bound or (value == bound and above < k):
+                above += np.int64(value == bound)
+                for j in range(c, row.shape[0], n_buckets):
+                    if row[j] + bias[j] == value:
+                        ids[r, filled] = j
+                        values[r, filled] = value
+                        filled += 1
+                        break
+        for i in range(filled, k):  # as in _select_largest
+            ids[r, i] = i
+            values[r, i] = np.nan
+
+
+def select_largest_of_buckets(product: Tensor, bias: Tensor, k: int, n_buckets: int) -> tuple[Tensor, Tensor]:
+    """As :func:`select_largest`, of the largest entry of each of ``n_buckets`` residue classes of columns alone
+    (:mod:`sae_zoo.functional.bucketed_topk`).
+    """
+    rows = len(product)
+    ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k, dtype=_sum_type(product))
+    arrays = _arrays(product, bias), _arrays(ids, values)
+    _in_parallel(_select_largest_of_buckets, rows, lambda _: (*arrays[0], k, n_buckets, *arrays[1]))
     return ids, values
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae_zoo.functional import triton_kernels
+from sae_zoo.functional.bucketed_topk import largest_of_buckets
 
 
 def select_above(product: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -21,6 +22,13 @@ def select_largest(product: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tenso
     """As on a CPU; ``product`` is overwritten."""
     pre_acts = product.add_(bias)
     ids = triton_kernels.topk_indices(pre_acts, k)
+    return ids, pre_acts.gather(1, ids).float()
+
+
+def select_largest_of_buckets(product: Tensor, bias: Tensor, k: int, n_buckets: int) -> tuple[Tensor, Tensor]:
+    """As on a CPU; ``product`` is overwritten."""
+    pre_acts = product.add_(bias)
+    ids = largest_of_buckets(pre_acts, k, n_buckets)
     return ids, pre_acts.gather(1, ids).float()
 
 

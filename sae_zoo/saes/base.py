@@ -82,9 +82,14 @@ class Step:
     latents: Tensor
     active: ActiveSet | None
 
+    @property
+    def latent_ids(self) -> Tensor | None:
+        """[n_active]: the latent of each entry; None on the dense path."""
+        return None if self.active is None else self.active.latent_ids
+
     def of_latent(self, parameter: Tensor) -> Tensor:
         """A [d_sae] parameter, laid out as ``pre_acts`` is."""
-        return at_latents(parameter, None if self.active is None else self.active.latent_ids)
+        return at_latents(parameter, self.latent_ids)
 
     def squared_error(self, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor]:
         """:func:`sae_zoo.functional.decoder.squared_error` of a reconstruction from values laid out as ``pre_acts``."""
@@ -160,6 +165,10 @@ class SAE(LightningSAE, ABC):
         latent of each entry.
         """
 
+    def dense_latents(self, pre_acts: Tensor, *, training: bool) -> Tensor:
+        """Values of all latents [tokens, d_sae]; not :meth:`latents` alone where a row's choice is not elementwise."""
+        return self.latents(pre_acts, None)
+
     @abstractmethod
     def sums(self, step: Step) -> dict[str, Tensor]:
         """What the loss takes from a step beside the squared error, each a sum over its tokens."""
@@ -202,7 +211,7 @@ class SAE(LightningSAE, ABC):
     def encode(self, x: Tensor) -> Tensor:
         """Latents [batch, d_sae], in raw units, of raw activations [batch, d_in]; differentiable."""
         pre_acts = torch.addmm(getattr(self, self.encoder_bias), self._centre(self._normalise(x)), self.W_enc)
-        return self.latents(pre_acts, None) * self.input_scale
+        return self.dense_latents(pre_acts, training=False) * self.input_scale
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCode:
@@ -238,9 +247,9 @@ class SAE(LightningSAE, ABC):
         arguments = (self._encoder_input(target), self.W_enc, getattr(self, self.encoder_bias), b_dec)
         if sparse:
             pre_acts, active = sparse_pre_acts(*arguments, self.selection(training=True))
-        else:
-            pre_acts, active = dense_pre_acts(*arguments), None
-        return Step(target, pre_acts, self.latents(pre_acts, None if active is None else active.latent_ids), active)
+            return Step(target, pre_acts, self.latents(pre_acts, active.latent_ids), active)
+        pre_acts = dense_pre_acts(*arguments)
+        return Step(target, pre_acts, self.dense_latents(pre_acts, training=True), None)
 
     def _encoder_input(self, target: Tensor) -> Tensor:
         return target if self.subtract_b_dec else target + self.b_dec.detach()

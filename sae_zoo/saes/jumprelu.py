@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from sae_zoo.functional.activations import heaviside, jumprelu, kernel_half_width
 from sae_zoo.functional.selection import Above, Selection
-from sae_zoo.saes.base import SAE, Step, at_latents
+from sae_zoo.saes.base import SAE, Step
 
 LOSSES = ("l0", "l0_target", "l0_target_gemma_scope_2")
+PENALTIES = ("l0", "l1")
 
 
 class JumpReLUSAE(SAE):
@@ -23,6 +24,10 @@ class JumpReLUSAE(SAE):
             batch mean is not settled by the paper's text; the batch mean is the common reading);
             ``l0_target_gemma_scope_2``: lambda * 2 / target * (L0 - target)^2. The latter two are the published losses
             and need an explicit ``sparsity_coefficient``.
+        penalty: ``l0``, or ``l1`` (an ablation: claim C13): lambda * sum_i f_i, whose derivative goes into the
+            pre-activations of active entries alone. Thresholds are then trained by the reconstruction: the
+            pseudo-derivative of f would turn the penalty into an L0 one of weight lambda * theta_i, which is what that
+            arm has to be without.
         kernel, bandwidth: of the pseudo-derivatives; 0.001 and the rectangle in the paper, in units of E||x||^2 = 1.
         initial_threshold: where no data-dependent start is on; 0.001 in the paper.
         threshold_as: ``log`` (trained as its logarithm) or ``raw``.
@@ -31,11 +36,16 @@ class JumpReLUSAE(SAE):
 
     variant = "jumprelu"
 
-    def __init__(self, *, sparsity_loss: str = "l0", kernel: str = "rectangle", bandwidth: float = 0.001,
-                 initial_threshold: float = 0.001, threshold_as: str = "log", ste_into_pre_acts: bool = False,
-                 **common: Any):
+    def __init__(self, *, sparsity_loss: str = "l0", penalty: str = "l0", kernel: str = "rectangle",
+                 bandwidth: float = 0.001, initial_threshold: float = 0.001, threshold_as: str = "log",
+                 ste_into_pre_acts: bool = False, **common: Any):
         if sparsity_loss not in LOSSES:
             raise ValueError(f"sae.sparsity_loss is {sparsity_loss!r}; choose from {', '.join(LOSSES)}")
+        if penalty not in PENALTIES:
+            raise ValueError(f"sae.penalty is {penalty!r}; choose from {', '.join(PENALTIES)}")
+        if penalty == "l1" and sparsity_loss != "l0":
+            raise ValueError(f"sae.sparsity_loss={sparsity_loss} is a loss of L0, and sae.penalty is l1; use "
+                             "sae.penalty=l0")
         if threshold_as not in ("log", "raw"):
             raise ValueError(f"sae.threshold_as is {threshold_as!r}; choose log or raw")
         if not initial_threshold > 0:
@@ -44,7 +54,7 @@ class JumpReLUSAE(SAE):
             raise ValueError(f"sae.sparsity_loss={sparsity_loss} needs both l0_target and sae.sparsity_coefficient; "
                              "give them, or use sae.sparsity_loss=l0")
         self.half_width = kernel_half_width(kernel, bandwidth)
-        self.sparsity_loss, self.threshold_as = sparsity_loss, threshold_as
+        self.sparsity_loss, self.penalty, self.threshold_as = sparsity_loss, penalty, threshold_as
         self.window = {"kernel": kernel, "bandwidth": bandwidth, "ste_into_pre_acts": ste_into_pre_acts}
         super().__init__(**common)
         start = math.log(initial_threshold) if threshold_as == "log" else initial_threshold
@@ -85,12 +95,17 @@ class JumpReLUSAE(SAE):
         return Above(self.threshold.detach() - (self.half_width if training else 0.0))
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        return jumprelu(pre_acts, at_latents(self.threshold, ids), **self.window)
+        return jumprelu(pre_acts, self.threshold, ids=ids, **self.window)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        return {"l0": heaviside(step.pre_acts, step.of_latent(self.threshold), **self.window).sum()}
+        if self.penalty == "l1":
+            active = step.pre_acts > step.of_latent(self.threshold.detach())
+            return {"l1": (step.pre_acts * active).sum(dtype=torch.float32)}
+        return {"l0": heaviside(step.pre_acts, self.threshold, ids=step.latent_ids, **self.window).sum()}
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.penalty == "l1":
+            return {"sparsity": self.coefficient * means["l1"]}
         l0 = means["l0"]
         if self.sparsity_loss == "l0_target":
             l0 = (l0 / self.l0_target - 1).square()

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_zoo.functional.selection import Largest, Selection
+from sae_zoo.functional.bucketed_topk import buckets_for
+from sae_zoo.functional.selection import Largest, LargestOfBuckets, Selection
 from sae_zoo.saes.base import SAE, Step
 
 
@@ -19,20 +20,29 @@ class TopKSAE(SAE):
     Args:
         auxk_coefficient: 1/32 in the source; 0 turns AuxK off.
         k: latents a token; default ``l0_target``, which must then be a whole number.
+        recall: 1, or the expected share of the k largest that an approximate top-k finds in training (as k others stand
+            in for the rest, L0 is the same). It takes the fewest buckets that have it
+            (:func:`sae_zoo.functional.bucketed_topk.expected_recall`). The JumpReLU paper's TopK SAEs were trained with
+            such a one for speed; its recall, and whether the trained SAE used it too, are not known here. Ours does
+            not: outside training the k largest are exact, so that what is scored is what is saved, and what another
+            library loads.
     """
 
     variant = "topk"
     has_coefficient = False
 
-    def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, l0_target: float | None = None,
-                 **common: Any):
+    def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, recall: float = 1.0,
+                 l0_target: float | None = None, **common: Any):
         if common.get("sparsity_coefficient") is not None:
             raise ValueError(f"sae.sparsity_coefficient is {common['sparsity_coefficient']}; topk has no sparsity "
                              "coefficient, give l0_target instead")
         k = l0_target if k is None else k
         if k is None or k != int(k) or not 0 < k <= common["d_sae"]:
             raise ValueError(f"l0_target is {k}; topk needs a whole number from 1 to d_sae = {common['d_sae']}")
+        if not 0 < recall <= 1:
+            raise ValueError(f"sae.recall is {recall}; it must be above 0 and at most 1 (1: the exact top-k)")
         self.k = int(k)
+        self.n_buckets = None if recall == 1 else buckets_for(common["d_sae"], self.k, recall)
         super().__init__(l0_target=l0_target, auxk_coefficient=auxk_coefficient, **common)
 
     @property
@@ -43,12 +53,15 @@ class TopKSAE(SAE):
         """TopK has no threshold to start."""
 
     def selection(self, *, training: bool) -> Selection:
+        if training and self.n_buckets is not None:
+            return LargestOfBuckets(self.k, self.n_buckets)
         return Largest(self.k)
 
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        if ids is None:
-            pre_acts = pre_acts * Largest(self.k).mask(pre_acts)
         return torch.relu(pre_acts)
+
+    def dense_latents(self, pre_acts: Tensor, *, training: bool) -> Tensor:
+        return self.latents(pre_acts * self.selection(training=training).mask(pre_acts), None)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         return {}

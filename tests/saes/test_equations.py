@@ -43,6 +43,13 @@ def test_sum_over_dimensions_mean_over_batch():
     assert sae.loss(x).total.item() == pytest.approx(sse(x, f @ sae.W_dec + sae.b_dec).item())
 
 
+def test_the_target_starts_with_no_more_latents_than_dimensions():
+    falls = recipe(target_start_factor=4.0, target_anneal_fraction=0.5)
+    for d_in, first in ((40, 8.0), (4, 4.0), (1, 2.0)):
+        sae, _ = make("relu", d_in=d_in, recipe=falls)
+        assert sae.l0_in_force(0) == first and sae.l0_in_force(50) == 2
+
+
 def test_relu_l1_and_decoder_norm_weighted():
     for form in ("l1", "norm_weighted"):
         sae, x = make("relu", sparsity_coefficient=0.7, form=form)
@@ -141,6 +148,73 @@ def test_jumprelu_sparsity_trains_only_thresholds():
     gradients = torch.autograd.grad(sae.loss(x).terms["sparsity"], list(sae.parameters()), allow_unused=True)
     reached = {name for (name, _), g in zip(sae.named_parameters(), gradients, strict=True) if g is not None and g.any()}
     assert reached == {"threshold_parameter"}
+
+
+def weight_gradients(sae, x, d_pre_acts):
+    """Gradients of W_enc and the encoder's bias, from those of pre-activations, means over the batch included."""
+    return [(x - sae.b_dec).T @ d_pre_acts / len(x), d_pre_acts.sum(0) / len(x)]
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+@pytest.mark.parametrize("kernel, window", [
+    ("rectangle", lambda u: (u.abs() < 0.5) / 0.4), ("epanechnikov", lambda u: (0.75 * (1 - u * u)).clamp_min(0) / 0.4)])
+def test_relu_with_an_l0_penalty(sparse, kernel, window):
+    sae, x = make("relu", penalty="l0", sparsity_coefficient=0.3, kernel=kernel, bandwidth=0.4)
+    pre = pre_activations(sae, x).detach()
+    term = sae.loss(x, sparse=sparse).terms["sparsity"]
+    assert term.item() == pytest.approx(0.3 * (pre > 0).sum(1).double().mean().item(), rel=1e-6)
+    inside = (pre.abs() < 0.2) & (pre < 0)
+    assert inside.any(), "nothing in the lower half of the window, which is in the active set for this penalty alone"
+    found = torch.autograd.grad(term, [sae.W_enc, sae.b_enc])
+    for a, b in zip(found, weight_gradients(sae, x, 0.3 * window(pre / 0.4)), strict=True):
+        torch.testing.assert_close(a, b)
+    # The reconstruction has ReLU's own derivative.
+    reconstruction = sae.loss(x, sparse=sparse).terms["reconstruction"]
+    plain = sse(x, pre_activations(sae, x).clamp_min(0) @ sae.W_dec + sae.b_dec)
+    for a, b in zip(*(torch.autograd.grad(loss, [sae.W_enc, sae.b_enc]) for loss in (reconstruction, plain)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_jumprelu_with_an_l1_penalty(sparse):
+    sae, x = make("jumprelu", penalty="l1", sparsity_coefficient=0.3, initial_threshold=0.4, bandwidth=0.3)
+    pre = pre_activations(sae, x).detach()
+    loss = sae.loss(x, sparse=sparse)
+    assert loss.terms["sparsity"].item() == pytest.approx(0.3 * (pre * (pre > 0.4)).sum(1).mean().item(), rel=1e-5)
+    parameters = [sae.W_enc, sae.b_enc, sae.threshold_parameter]
+    *found, threshold = torch.autograd.grad(loss.terms["sparsity"], parameters, allow_unused=True)
+    assert threshold is None or not threshold.any()
+    for a, b in zip(found, weight_gradients(sae, x, 0.3 * (pre > 0.4)), strict=True):
+        torch.testing.assert_close(a, b)
+    threshold = torch.autograd.grad(sae.loss(x, sparse=sparse).terms["reconstruction"], [sae.threshold_parameter])[0]
+    latent_gradients = 2 * (sae(x).x_hat - x).detach() @ sae.W_dec.T / len(x)
+    window = ((pre - 0.4).abs() < 0.15) / 0.3
+    torch.testing.assert_close(threshold, (-0.4 * latent_gradients * 0.4 * window).sum(0))  # twice 0.4: its logarithm
+
+
+@pytest.mark.parametrize("variant, options, message", [
+    ("relu", {"penalty": "l2"}, "sae.penalty is 'l2'; choose from l1, l0"),
+    ("relu", {"penalty": "l0", "form": "norm_weighted"}, "sae.form=norm_weighted weights the L1 penalty"),
+    ("relu", {"kernel": "banana"}, "kernel is 'banana'"),
+    ("jumprelu", {"penalty": "l2"}, "sae.penalty is 'l2'; choose from l0, l1"),
+    ("jumprelu", {"penalty": "l1", "sparsity_loss": "l0_target", "sparsity_coefficient": 1.0},
+     "sae.sparsity_loss=l0_target is a loss of L0"),
+    ("topk", {"recall": 0.0}, "sae.recall is 0.0; it must be above 0 and at most 1"),
+    ("topk", {"recall": 1.1}, "sae.recall is 1.1"),
+])
+def test_options_that_make_no_sense_are_one_line(variant, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(variant, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_approximate_topk_is_of_training_alone():
+    sae, x = make("topk", d_in=8, d_sae=64, l0_target=8, recall=0.7)
+    trained = sae.dense_latents(pre_activations(sae, x), training=True)
+    exact = sae.encode(x)
+    assert (trained > 0).sum() == (exact > 0).sum() == 64 and not torch.equal(trained > 0, exact > 0)
+    torch.testing.assert_close(exact, sae.encode_sparse(x).to_dense())
+    assert sae.loss(x).terms["reconstruction"].item() == pytest.approx(sse(x, trained @ sae.W_dec + sae.b_dec).item())
 
 
 def test_published_target_losses_need_a_coefficient():
