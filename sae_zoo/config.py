@@ -26,6 +26,7 @@ from sae_zoo.memory import keep_freed_memory
 from sae_zoo.records import digest
 from sae_zoo.saes import SAE, variant_class
 from sae_zoo.training.recipe import Recipe
+from sae_zoo.typed import check_types, types_of
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
 _PACKAGE = Path(__file__).resolve().parent
@@ -33,12 +34,19 @@ CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.par
 
 # What does not change a run's numbers, and so is neither hashed nor named.
 _WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps",
-                   "trainer.accelerator", "trainer.devices", "trainer.checkpoint_every")  # but for rounding
+                   "trainer.accelerator", "trainer.devices", "trainer.checkpoint_every",  # but for rounding
+                   "hook.harvest_together", "matched")  # of an experiment: its values stand where they are used
 # Overrides whose values the names of sweep and job spell out themselves.
-_SPELLED_OUT = ("sae", "lm", "hook.layer", "hook.site", "l0_target", "seed")
+_SPELLED_OUT = ("experiment", "sae", "lm", "hook", "hook.layer", "hook.site", "l0_target", "seed")
 # Overrides that make runs incomparable: they name the sweep, all others the job.
 _OF_SWEEP = ("recipe", "recipe.n_steps", "recipe.batch_size", "d_sae")
 _GROUPS_OF_SWEEP = ("corpus", "data", "lm", "evaluation")
+# Types of what in a train.yaml is used as it stands, and not handed to a constructor.
+_SETTINGS = {
+    "trainer": {"accelerator": str, "devices": int | str | list[int], "precision": str | int, "log_every_n_steps": int,
+                "validation_every": int, "checkpoint_every": int, "progress_bar": bool},
+    "evaluation": {"n_rows": int, "n_lm_tokens": int},
+}
 
 
 def one_line(error: BaseException) -> str:
@@ -53,7 +61,7 @@ def compose_config(entry_point: str, overrides: Sequence[str]) -> DictConfig:
 
 
 def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> None:
-    """Run ``task`` under Hydra; a user's mistake ends in one line on stderr and exit status 2.
+    """Run ``task`` under Hydra; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130.
 
     With HYDRA_FULL_ERROR=1 in the environment the whole traceback is shown instead.
     """
@@ -64,7 +72,13 @@ def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> N
     as_found = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of printing them over many lines
     try:
+        if named := [argument for argument in sys.argv[1:] if re.search(r"\b_target_\b", argument)]:
+            raise ValueError(f"{named[0]} is refused: nothing is made from a name in a config; leave _target_ out")
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
+    except KeyboardInterrupt as stop:
+        print(f"sae_zoo.{config_name}: {str(stop) or 'interrupted'}; the same command goes on from what is finished",
+              file=sys.stderr)
+        raise SystemExit(130) from None
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if as_found:
             raise
@@ -85,7 +99,7 @@ def _is_or_below(key: str, names: tuple[str, ...]) -> bool:
 def _file_name(text: str) -> str:
     """``text`` as part of a file name; long or exotic ones end in a digest so that they stay distinct."""
     safe = re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._")
-    if safe == text and len(safe) <= 100:
+    if safe and safe == text and len(safe) <= 100:
         return safe
     return f"{safe[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -102,11 +116,16 @@ def _overrides(root: DictConfig, *, of_sweep: bool) -> list[str]:
 
 
 def _sweep_name(_root_: DictConfig) -> str:
-    if _root_.sweep is not None:
+    experiment = _root_.hydra.runtime.choices.get("experiment")
+    if experiment is None and _root_.sweep is not None:
         return _file_name(str(_root_.sweep))
     parts = [f"{_root_.lm.name}-{_root_.hook.site}.{_root_.hook.layer}" if _root_.data.name == "cache"
              else Path(_root_.data.path).stem]
-    return _file_name("-".join([*parts, *_overrides(_root_, of_sweep=True)]))
+    folder = _file_name("-".join([*parts, *_overrides(_root_, of_sweep=True)]))
+    if experiment is None:
+        return folder
+    # An experiment may go over several hook points, whose jobs have the same names: a folder each, in one of its own.
+    return f"{_file_name(str(experiment if _root_.sweep is None else _root_.sweep))}/{folder}"
 
 
 def _job_name(_root_: DictConfig) -> str:
@@ -114,6 +133,7 @@ def _job_name(_root_: DictConfig) -> str:
     return _file_name("-".join([*parts, *_overrides(_root_, of_sweep=False)]))
 
 
+OmegaConf.register_new_resolver("file_name", lambda text: _file_name(str(text)), replace=True)
 OmegaConf.register_new_resolver("sweep_name", _sweep_name, replace=True)
 OmegaConf.register_new_resolver("job_name", _job_name, replace=True)
 
@@ -149,8 +169,9 @@ def build_corpus(cfg: DictConfig) -> Corpus:
     """
     arguments = OmegaConf.to_container(cfg, resolve=True)
     name = arguments.pop("name")
-    if name not in CORPORA:
+    if str(name) not in CORPORA:
         raise ValueError(f"corpus.name: {name!r} is unknown; choose from {', '.join(sorted(CORPORA))}")
+    check_types(types_of(CORPORA[name]), arguments, where="corpus.")
     return CORPORA[name](**arguments)
 
 
@@ -161,26 +182,46 @@ def build_lm(cfg: DictConfig, device: torch.device) -> LoadedLM:
 
 def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
     """What ``data/cache.yaml`` and the language model's context size say of a cache."""
-    return HarvestSpec(context_size=cfg.lm.context_size, n_tokens=OmegaConf.to_container(cfg.data.n_tokens),
-                       dtype=cfg.data.dtype, rows_per_shard=cfg.data.rows_per_shard, seed=cfg.data.seed)
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "name"}
+    check_types(types_of(HarvestSpec), arguments, where="data.")
+    check_types(types_of(HarvestSpec), {"context_size": cfg.lm.context_size}, where="lm.")
+    return HarvestSpec(context_size=cfg.lm.context_size, **arguments)
 
 
 def build_file_activations(cfg: DictConfig) -> FileActivations:
     """The activations of ``data/file.yaml``."""
-    return FileActivations(cfg.path, heldout_path=cfg.heldout_path, heldout_fraction=cfg.heldout_fraction)
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "name"}
+    check_types(types_of(FileActivations), arguments, where="data.")
+    return FileActivations(**arguments)
 
 
 def build_recipe(cfg: DictConfig) -> Recipe:
     """The recipe of a ``recipe/*.yaml``; what in it belongs to the SAE is left out."""
     of_the_sae = ("d_sae", "bandwidth", "auxk_coefficient")
     arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in of_the_sae}
+    check_types(types_of(Recipe), arguments, where="recipe.")
     return Recipe(**arguments)
 
 
 def build_sae(cfg: DictConfig, *, d_in: int, input_scale: float) -> SAE:
     """The SAE of a ``train.yaml``, at its random start."""
     arguments = {k: v for k, v in OmegaConf.to_container(cfg.sae, resolve=True).items() if k not in ("name", "variant")}
-    return variant_class(cfg.sae.variant)(
-        d_in=d_in, d_sae=cfg.d_sae, input_scale=input_scale, recipe=build_recipe(cfg.recipe), l0_target=cfg.l0_target,
-        seed=cfg.seed, **arguments,
-    )
+    shared = {"d_sae": cfg.d_sae, "l0_target": cfg.l0_target, "seed": cfg.seed}
+    variant = variant_class(cfg.sae.variant)
+    check_types(types_of(variant), shared)
+    check_types(types_of(variant), arguments, where="sae.")
+    return variant(d_in=d_in, input_scale=input_scale, recipe=build_recipe(cfg.recipe), **shared, **arguments)
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Look at what of a ``train.yaml`` no object is built from.
+
+    Raises:
+        ValueError: if a value is of another type, or a count is below 1.
+    """
+    for group, expected in _SETTINGS.items():
+        values = OmegaConf.to_container(cfg[group], resolve=True)
+        check_types(expected, values, where=f"{group}.")
+        for name, value in values.items():
+            if expected[name] is int and value < 1:
+                raise ValueError(f"{group}.{name} is {value}; it must be at least 1")

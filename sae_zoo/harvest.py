@@ -7,8 +7,7 @@ import logging
 from omegaconf import DictConfig
 
 from sae_zoo.config import build_lm, device_of, run_entry_point
-from sae_zoo.lm.hooks import resolve_hook
-from sae_zoo.source import harvest_caches
+from sae_zoo.source import harvest_caches, hooks_of
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +15,7 @@ log = logging.getLogger(__name__)
 def harvest_all(cfg: DictConfig) -> None:
     """Harvest every site at every layer in one pass and say where the caches are."""
     lm = build_lm(cfg.lm, device_of(cfg.accelerator))
-    hooks = [resolve_hook(lm.model, cfg.lm.sites, layer, site) for layer in cfg.layers for site in cfg.sites]
+    hooks = hooks_of(cfg, lm, layers=cfg.layers, sites=cfg.sites)
     for name, cache in harvest_caches(cfg, lm, hooks, progress_bar=cfg.progress_bar).items():
         log.info("%-14s d_in %5d  %s rows  %.2f GB  %s", name, cache.d_in, f"{cache.n_rows('train'):,}",
                  cache.n_bytes / 1e9, cache.path)

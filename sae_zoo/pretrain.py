@@ -5,37 +5,68 @@ A run that was interrupted goes on from its last checkpoint when the same comman
 
 from __future__ import annotations
 
+import json
 import logging
 import lzma
+import os
+import shutil
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
+from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.config import build_corpus, device_of, run_entry_point
+from sae_zoo.curves import Curves
 from sae_zoo.data.corpus import HELD_OUT, pack
 from sae_zoo.data.loading import SeededRows, StepDataModule
+from sae_zoo.files import locked, replacing, write_text
 from sae_zoo.lm.pretraining import LanguageModelPretraining, bits_per_byte, build_model, train_tokenizer
-from sae_zoo.records import versions, write_json
+from sae_zoo.records import digest, versions, write_json
 
 log = logging.getLogger(__name__)
 
+REPORT = "pretraining.json"
+# What does not change the model, or is no part of what it is made from.
+_WITHOUT_EFFECT = ("output_dir", "lm_dir", "name", "checkpoint_every", "accelerator", "progress_bar")
+
 
 def pretrain(cfg: DictConfig) -> dict:
-    """Tokenizer, training, held-out evaluation, export; returns what ``pretraining.json`` in the folder says."""
+    """Tokenizer, training, held-out evaluation, export; returns what ``pretraining.json`` in the folder says.
+
+    Raises:
+        ValueError: if the folder holds a finished or half-trained model of another config.
+    """
     lm_dir = Path(cfg.lm_dir)
-    work = lm_dir / "training"
-    work.mkdir(parents=True, exist_ok=True)
+    with locked(lm_dir / "training" / ".lock", f"training {lm_dir}"):
+        return _pretrain(cfg, lm_dir)
+
+
+def _pretrain(cfg: DictConfig, lm_dir: Path) -> dict:
+    work, report_file = lm_dir / "training", lm_dir / REPORT
+    config_file, tokenizer_dir, checkpoint_dir = work / "config.yaml", work / "tokenizer", work / "checkpoints"
+    hash_ = _hash(cfg)
+    if config_file.exists() and (found := _hash(OmegaConf.load(config_file))) != hash_:
+        raise ValueError(f"{lm_dir} holds a language model of another config (hash {found}, this one has {hash_}); choose "
+                         "another name=..., or delete that folder")
+    if report_file.exists():
+        log.info("%s is finished; skipped", lm_dir)
+        shutil.rmtree(checkpoint_dir, ignore_errors=True)  # left by a process that died just after its report
+        return json.loads(report_file.read_text())
+    write_text(config_file, OmegaConf.to_yaml(cfg, resolve=True))
     corpus = build_corpus(cfg.corpus)
 
-    if not (work / "tokenizer.json").exists():
+    unfinished = work / "tokenizer.tmp"
+    if unfinished.exists() or not tokenizer_dir.exists():
         log.info("training a tokenizer of %d tokens", cfg.vocab_size)
         texts = (document.text for document in corpus.documents("train"))
-        train_tokenizer(texts, cfg.vocab_size, cfg.context_size).save_pretrained(work)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(work)
+        train_tokenizer(texts, cfg.vocab_size, cfg.context_size).save_pretrained(unfinished)
+        _move_files(unfinished, tokenizer_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
     packed = {split: pack(corpus.documents(split), tokenizer, cfg.context_size) for split in ("train", *HELD_OUT)}
     for split, rows in packed.items():
         log.info("%-10s %8d tokens, %9d bytes, %4d documents", split, rows.n_tokens, rows.n_bytes, rows.n_documents)
@@ -47,22 +78,20 @@ def pretrain(cfg: DictConfig) -> dict:
         model, n_steps=cfg.n_steps, matrix_lr=cfg.matrix_lr, other_lr=cfg.other_lr, weight_decay=cfg.weight_decay,
         warmup_steps=cfg.warmup_steps, ignore_ids=(tokenizer.pad_token_id,),
     )
+    curves = Curves(work / "metrics.csv")
+    checkpoints = Checkpoints(checkpoint_dir, every=cfg.checkpoint_every, curves=curves)
     trainer = pl.Trainer(
         max_steps=cfg.n_steps, accelerator=cfg.accelerator, devices=1, precision=cfg.precision,
-        default_root_dir=work, logger=pl.loggers.CSVLogger(work, name="", version="log"), log_every_n_steps=20,
-        enable_progress_bar=cfg.progress_bar, num_sanity_val_steps=0, val_check_interval=cfg.checkpoint_every,
-        callbacks=[ModelCheckpoint(work, filename="{step}", every_n_train_steps=cfg.checkpoint_every),
-                   *([TQDMProgressBar(refresh_rate=10)] if cfg.progress_bar else [])],
+        default_root_dir=work, logger=curves, log_every_n_steps=20, enable_progress_bar=cfg.progress_bar,
+        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=min(cfg.checkpoint_every, cfg.n_steps),
+        plugins=[CheckpointFiles()],
+        callbacks=[checkpoints, *([TQDMProgressBar(refresh_rate=10)] if cfg.progress_bar else [])],
     )
-    checkpoints = sorted(work.glob("*.ckpt"), key=lambda p: p.stat().st_mtime)
-    trainer.fit(
-        module,
-        datamodule=StepDataModule(
-            SeededRows(packed["train"].tokens, cfg.batch_size, cfg.n_steps, seed=cfg.seed),
-            torch.utils.data.DataLoader(packed["validation"].tokens[:64], cfg.batch_size),
-        ),
-        ckpt_path=checkpoints[-1] if checkpoints else None, weights_only=True,
-    )
+    data = StepDataModule(
+        SeededRows(packed["train"].tokens, cfg.batch_size, cfg.n_steps, seed=cfg.seed),
+        torch.utils.data.DataLoader(packed["validation"].tokens[:64], cfg.batch_size))
+    torch.manual_seed(cfg.seed)  # of the dropout that some architectures have
+    checkpoints.fit(trainer, module, data, newest_checkpoint(checkpoint_dir))
 
     device = device_of(cfg.accelerator)
     module.to(device=device, dtype=torch.bfloat16)  # evaluated as it is shipped
@@ -78,15 +107,34 @@ def pretrain(cfg: DictConfig) -> dict:
             "bits_per_byte": bits_per_byte(module, packed[split].tokens.to(device), len(text), cfg.batch_size),
             "bits_per_byte_of_xz_9": len(lzma.compress(text, preset=9)) * 8 / len(text),
         }
-    model.save_pretrained(lm_dir)
-    tokenizer.save_pretrained(lm_dir)
-    write_json(lm_dir / "pretraining.json", report)
-    (lm_dir / "README.md").write_text(model_card(cfg, report))
+    unfinished = work / "export"
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    except SafetensorError as error:  # how safetensors speaks of a full disk
+        raise OSError(f"{unfinished} cannot be written: {error}") from error
+    _move_files(unfinished, lm_dir)
+    write_text(lm_dir / "README.md", model_card(cfg, report))
+    write_json(report_file, report)  # last: it says that all is there
+    shutil.rmtree(checkpoint_dir)
     for split, measured in report["held_out"].items():
         log.info("%-10s %.3f bits per byte (xz -9: %.3f)", split, measured["bits_per_byte"],
                  measured["bits_per_byte_of_xz_9"])
     log.info("written to %s", lm_dir)
     return report
+
+
+def _hash(cfg: DictConfig) -> str:
+    config = OmegaConf.to_container(cfg, resolve=True)
+    return digest({key: value for key, value in config.items() if key not in _WITHOUT_EFFECT})
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move the files of ``source`` into ``target``, each whole or not at all, and remove ``source``."""
+    for file in sorted(source.iterdir()):
+        with replacing(target / file.name) as temporary:
+            os.replace(file, temporary)
+    source.rmdir()
 
 
 def model_card(cfg: DictConfig, report: dict) -> str:

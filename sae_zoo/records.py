@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sae_zoo.files import write_text
 
 RECORD = "record.json"
 FINISHED, FAILED = "finished", "failed"
@@ -38,14 +39,7 @@ def digest(value: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file is either the old one or the whole new one, also after a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=2, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_record(run_dir: Path, record: dict[str, Any]) -> None:

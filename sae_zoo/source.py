@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +30,17 @@ class Source:
         return self.activations.cache_id if isinstance(self.activations, Cache) else None
 
 
-def harvest_caches(cfg: DictConfig, lm: LoadedLM, hooks: list[HookPoint], *, progress_bar: bool) -> dict[str, Cache]:
-    """Caches of ``hooks`` below ``output_dir``, made where they are missing."""
+def hooks_of(cfg: DictConfig, lm: LoadedLM, *, layers: Iterable[int], sites: Iterable[str]) -> list[HookPoint]:
+    """Every site at every layer."""
+    return [resolve_hook(lm.model, cfg.lm.sites, layer, site) for layer in layers for site in sites]
+
+
+def harvest_caches(cfg: DictConfig, lm: LoadedLM, hooks: list[HookPoint], *, along: Sequence[HookPoint] = (),
+                   progress_bar: bool) -> dict[str, Cache]:
+    """Caches of ``hooks`` below ``output_dir``, made where they are missing, in one pass with those of ``along``."""
     return harvest(lm, cfg.lm.name, hooks, build_corpus(cfg.corpus), build_harvest_spec(cfg),
-                   root=Path(cfg.output_dir) / "cache", batch_size=cfg.lm.batch_size, progress_bar=progress_bar)
+                   root=Path(cfg.output_dir) / "cache", batch_size=cfg.lm.batch_size, along=along,
+                   progress_bar=progress_bar)
 
 
 def open_source(cfg: DictConfig, device: torch.device, *, progress_bar: bool) -> Source:
@@ -47,4 +55,6 @@ def open_source(cfg: DictConfig, device: torch.device, *, progress_bar: bool) ->
         raise ValueError(f"data.name is {cfg.data.name!r}; choose cache or file")
     lm = build_lm(cfg.lm, device)
     hook = resolve_hook(lm.model, cfg.lm.sites, cfg.hook.layer, cfg.hook.site)
-    return Source(harvest_caches(cfg, lm, [hook], progress_bar=progress_bar)[hook.name], lm, hook)
+    together = cfg.hook.harvest_together
+    along = [] if together is None else hooks_of(cfg, lm, layers=together.layers, sites=together.sites)
+    return Source(harvest_caches(cfg, lm, [hook], along=along, progress_bar=progress_bar)[hook.name], lm, hook)

@@ -11,6 +11,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,15 @@ import pytorch_lightning as pl
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 
-from sae_zoo.config import build_sae, config_hash, device_of, one_line, run_entry_point
+from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
+from sae_zoo.config import build_sae, check_settings, config_hash, device_of, one_line, run_entry_point
+from sae_zoo.curves import Curves
 from sae_zoo.data.module import ActivationData
 from sae_zoo.evaluation.suite import held_out_rows, score_attribution, score_in_lm, score_sae
+from sae_zoo.files import locked, replacing, write_text
 from sae_zoo.memory import give_back_freed_memory
 from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
@@ -54,8 +58,8 @@ class _ProgressBar(TQDMProgressBar):
         return {key: value for key, value in super().get_metrics(*args).items() if key != "v_num"}
 
 
-def _logger(cfg: DictConfig, run_dir: Path) -> list:
-    loggers = [pl.loggers.CSVLogger(run_dir, name="metrics")]
+def _loggers(cfg: DictConfig, run_dir: Path, curves: Curves) -> list:
+    loggers: list = [curves]
     if cfg.logger.name == "wandb":
         from pytorch_lightning.loggers import WandbLogger  # only where it was asked for
 
@@ -71,27 +75,28 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
     activations = source.activations
     sae = build_sae(cfg, d_in=activations.d_in, input_scale=activations.mean_squared_norm**0.5)
     data = ActivationData(activations, batch_size=sae.recipe.batch_size, n_steps=sae.recipe.n_steps, seed=cfg.seed)
-    checkpoint = run_dir / "checkpoints" / "last.ckpt"
     trainer_cfg = cfg.trainer
-    if checkpoint.exists():
+    curves = Curves(run_dir / "metrics.csv")
+    checkpoints = Checkpoints(run_dir / "checkpoints", every=trainer_cfg.checkpoint_every, curves=curves)
+    checkpoint = newest_checkpoint(checkpoints.folder)
+    if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     else:
         n_rows = min(_START_ROWS, activations.n_rows("train"))
         sae.initialise(activations.rows("train", 0, n_rows))
         give_back_freed_memory()
-    callbacks = [*callbacks, ModelCheckpoint(
-        checkpoint.parent, save_top_k=0, save_last=True, every_n_train_steps=trainer_cfg.checkpoint_every)]
+    callbacks = [*callbacks, checkpoints]
     if trainer_cfg.progress_bar:
         callbacks.append(_ProgressBar(refresh_rate=20))
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
         precision=trainer_cfg.precision,
-        logger=_logger(cfg, run_dir), log_every_n_steps=trainer_cfg.log_every_n_steps,
+        logger=_loggers(cfg, run_dir, curves), log_every_n_steps=trainer_cfg.log_every_n_steps,
         val_check_interval=min(trainer_cfg.validation_every, sae.recipe.n_steps), num_sanity_val_steps=0,
         default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=trainer_cfg.progress_bar,
-        enable_model_summary=False, use_distributed_sampler=False,
+        enable_model_summary=False, use_distributed_sampler=False, plugins=[CheckpointFiles()],
     )
-    trainer.fit(sae, datamodule=data, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    checkpoints.fit(trainer, sae, data, checkpoint)
     sae.eval().requires_grad_(False).to(device_of(trainer_cfg.accelerator))
     if (share := sae.calibrate(data.validation_rows())) != 0:
         log.info("thresholds moved by %+.1f %% to meet l0_target on validation rows", 100 * share)
@@ -105,7 +110,8 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
     show = cfg.trainer.progress_bar
     rows = held_out_rows(source.activations, "test", cfg.evaluation.n_rows, device=device, progress_bar=show)
     metrics, counts = score_sae(sae, rows)
-    counts.write_csv(run_dir / "latents.csv")
+    with replacing(run_dir / "latents.csv") as temporary:
+        counts.write_csv(temporary)
     lm_keys = ("ce_clean", "ce_spliced", "ce_ablated", "delta_lm_loss", "loss_recovered", "kl", "n_lm_targets", "r_l0")
     if source.lm is None:
         return {**metrics, **dict.fromkeys(lm_keys)}
@@ -134,12 +140,18 @@ def _identity(cfg: DictConfig) -> dict[str, Any]:
 
 
 def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """One job from config to record; returns the record.
+    """One job from config to record; returns the record. Of two processes that are given the same job, one waits.
 
     Raises:
         ValueError: if the folder holds a finished or half-trained run of another config, or for whatever is wrong with the config or the data;
             the record then says ``failed``.
     """
+    leader = rank_zero_only.rank == 0  # of several devices, one process evaluates and writes
+    with locked(run_dir / ".lock", f"training {run_dir}") if leader else nullcontext():
+        return _run_job(cfg, run_dir, leader)
+
+
+def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
     record = _identity(cfg)
     old = read_record(run_dir)
     config_file, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
@@ -151,12 +163,13 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                          "folder")
     if finished:
         log.info("%s is finished; skipped", run_dir)
+        shutil.rmtree(checkpoints, ignore_errors=True)  # left by a process that died just after its record
         return old
-    leader = rank_zero_only.rank == 0  # of several devices, one process evaluates and writes
     if leader:
-        OmegaConf.save(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), config_file)
+        write_text(config_file, OmegaConf.to_yaml(cfg, resolve=True))
     started = time.time()
     try:
+        check_settings(cfg)
         build_sae(cfg, d_in=1, input_scale=1.0)  # a mistake in the config is said before the harvest, not after it
         source = open_source(cfg, device_of(cfg.trainer.accelerator), progress_bar=cfg.trainer.progress_bar)
         record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
@@ -209,6 +222,9 @@ def _task(cfg: DictConfig) -> None:
     except Exception as error:
         log.error("job failed: %s", one_line(error))  # now; Hydra speaks of it only when the sweep has ended
         raise
+    except KeyboardInterrupt:
+        _swept.clear()  # no frontier of a sweep that was broken off
+        raise
 
 
 def _report(record: dict[str, Any], run_dir: Path) -> None:
@@ -221,15 +237,16 @@ def _report(record: dict[str, Any], run_dir: Path) -> None:
 
 
 def _report_sweep() -> None:
-    """Table and plot of every run in the folders that this sweep wrote to."""
+    """Table and plot of every run in each of the folders that this sweep wrote to: one for each hook point, say."""
     from analysis.frontier import draw_frontier  # matplotlib and pandas, needed only here
 
-    try:
-        result = draw_frontier(sorted({run_dir.parent for run_dir in _swept}))
-    except ValueError as error:
-        log.error("no frontier: %s", one_line(error))
-    else:
-        print(f"\n{result.text}\n\n{result.png}")
+    for folder in sorted({run_dir.parent for run_dir in _swept}):
+        try:
+            result = draw_frontier(folder)
+        except ValueError as error:
+            log.error("no frontier: %s", one_line(error))
+        else:
+            print(f"\n{result.text}\n\n{result.png}")
 
 
 def main() -> None:

@@ -112,7 +112,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(run, root, monke
     job = root / "runs/nan/topk-l0_10-seed_0"
     assert status == 2 and "loss is nan at step 30; lower recipe.lr" in printed
     assert read_record(job)["status"] == "failed"
-    checkpoint = torch.load(job / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = torch.load(job / "checkpoints/000000020.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 20 and checkpoint["state_dict"]["W_dec"].isfinite().all()
     status, printed = run("sweep=nan", "sae=topk", "l0_target=10", "hook.layer=2")
     assert status == 2 and "holds a half-trained run of another config" in printed

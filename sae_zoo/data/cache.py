@@ -8,23 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.shards import ShardStream, read_header
+from sae_zoo.files import locked
 from sae_zoo.records import digest
-
-log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -44,24 +41,12 @@ def make_cache_id(*, lm: str, hook: str, identity: Mapping[str, Any]) -> str:
     return "-".join([*readable, digest(identity)])
 
 
-@contextmanager
-def cache_lock(root: Path | str, cache_id: str) -> Iterator[None]:
+def cache_lock(root: Path | str, cache_id: str) -> AbstractContextManager[None]:
     """Hold the right to build ``cache_id`` below ``root``; waits while another process holds it.
 
     Look for the cache inside this block, before building it: who has waited finds it finished.
     """
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(root / f".{cache_id}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.info("another run is building %s; waiting for it", cache_id)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    return locked(Path(root) / f".{cache_id}.lock", f"building {cache_id}")
 
 
 class Origin(NamedTuple):

@@ -4,22 +4,27 @@ Row i of a split, in the order in which the language model reads, goes to slot `
 they are appended to one bucket file for every shard; when all are there each bucket becomes a shard and is deleted, so
 that at its peak the disk holds one cache and one shard. All of it is built in a folder with a temporary name and
 published by one rename.
+
+A writer that was killed leaves that folder, and the next one goes on with it: from the last note of how long each
+bucket was at which row of the text, and, once the shards are being made, from those that are there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,8 +32,13 @@ from sae_zoo.data.activations import first_not_finite, summed_squares
 from sae_zoo.data.cache import DTYPES, FORMAT_VERSION, MANIFEST, Cache, Origin, manifest_digest, open_cache
 from sae_zoo.data.corpus import SPLITS, PackedTokens
 from sae_zoo.data.permutation import Permutation
+from sae_zoo.files import replacing, sync_folder
 from sae_zoo.records import digest, write_json
 
+log = logging.getLogger(__name__)
+
+_PROGRESS = "progress.json"  # in the folder that is being built
+_NOTE_SECONDS = 30.0  # between two notes: each flushes all buckets to disk
 _BUFFER_BYTES = 1 << 27  # rows that wait in memory to be appended to their buckets: few opens, long writes
 _CHUNK_ROWS = 4096  # rows taken from a bucket at a time
 
@@ -57,10 +67,20 @@ def check_disk_space(root: Path | str, n_bytes: int) -> None:
                          f"{root}; free some, lower the number of tokens, choose a 16-bit dtype or another output_dir")
 
 
+def partial_folder(root: Path | str, cache_id: str) -> Path:
+    """Where a cache is built before it is published."""
+    return Path(root) / f".{cache_id}.partial"
+
+
 class CacheWriter:
     """Writes one cache; hold :func:`~sae_zoo.data.cache.cache_lock` meanwhile.
 
-    A context manager: left before :meth:`finish`, it removes what it has written.
+    It goes on with what an earlier writer of the same cache has left, if that can be used. A context manager: left by a
+    ValueError (the rows are wrong), it removes what was written; left by anything else, that stays for the next one.
+
+    Attributes:
+        sequences_done: of each split, how many rows of packed tokens need not be appended again.
+        complete: whether all rows have been appended already; then only :meth:`finish` is left.
 
     Args:
         root: the folder of all caches.
@@ -95,16 +115,10 @@ class CacheWriter:
         self.root, self.cache_id, self.identity = Path(root), cache_id, identity
         self.d_in, self.dtype, self.splits, self.rows_per_shard = d_in, dtype, dict(splits), rows_per_shard
         self._permutations = {split: Permutation(n, seed) for split, n in splits.items()}
-        self._n_appended = dict.fromkeys(splits, 0)
-        self._partial = self.root / f".{cache_id}.partial"
-        if self._partial.exists():  # a build that crashed
-            shutil.rmtree(self._partial)
-        (self._partial / "tokens").mkdir(parents=True)
-
+        self._partial = partial_folder(self.root, cache_id)
         self._shards: list[tuple[str, int, int]] = []  # of all splits: (split, number in it, rows)
         self._first_shard: dict[str, int] = {}
         for split, n_rows in splits.items():
-            (self._partial / split).mkdir()
             self._first_shard[split] = len(self._shards)
             self._shards += [(split, i, min(rows_per_shard, n_rows - i * rows_per_shard))
                              for i in range(math.ceil(n_rows / rows_per_shard))]
@@ -115,13 +129,21 @@ class CacheWriter:
         self._waiting = np.empty(buffer_rows, self._record)
         self._shard_of = np.empty(buffer_rows, np.int64)
         self._n_waiting = 0
+        self._unsynced: set[int] = set()  # buckets
+        self._noted = time.monotonic()
+        if not self._go_on():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self.sequences_done, self.complete = dict.fromkeys(splits, 0), False
+            self._n_appended = dict.fromkeys(splits, 0)
+        for name in ("tokens", *splits):
+            (self._partial / name).mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._partial.exists():
-            shutil.rmtree(self._partial)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, ValueError):
+            shutil.rmtree(self._partial, ignore_errors=True)
 
     def append(self, split: str, activations: Tensor, token_ids: Tensor, sequences: Tensor, positions: Tensor) -> None:
         """Add rows in reading order.
@@ -171,6 +193,14 @@ class CacheWriter:
                 self._flush()
         self._n_appended[split] += n
 
+    def sequences_appended(self, split: str, n_sequences: int) -> None:
+        """Say that all rows of the first ``n_sequences`` rows of packed tokens have been appended: a writer that comes
+        after this one need not be given them again.
+        """
+        self.sequences_done[split] = n_sequences
+        if time.monotonic() - self._noted >= _NOTE_SECONDS:
+            self._note()
+
     def finish(self, packed: Mapping[str, PackedTokens], *, progress_bar: bool = False) -> Cache:
         """Make the shards, publish the cache and open it. Keeps a finished cache that is there already.
 
@@ -183,7 +213,9 @@ class CacheWriter:
         for split, n_rows in self.splits.items():
             if self._n_appended[split] != n_rows:
                 raise ValueError(f"split {split!r} got {self._n_appended[split]} of the {n_rows} rows announced")
-        self._flush()
+        if not self.complete:
+            self.complete = True
+            self._note()
         largest = max(rows for _, _, rows in self._shards)
         tensors = {"activations": torch.empty(largest, self.d_in, dtype=DTYPES[self.dtype]),
                    **{name: torch.empty(largest, dtype=torch.int32) for name in Origin._fields}}
@@ -198,14 +230,18 @@ class CacheWriter:
         }
         squares = []
         for i in tqdm(range(len(self._shards)), desc="shards", unit="shard", disable=not progress_bar):
-            split, number, rows = self._shards[i]
-            shard = {name: tensor[:rows] for name, tensor in tensors.items()}
-            self._fill(shard, i)
+            split, _, rows = self._shards[i]
+            name = self._shard_name(i)
+            if made := (self._partial / name).exists():  # by a writer before this one
+                shard = load_file(self._partial / name)
+            else:
+                shard = {key: tensor[:rows] for key, tensor in tensors.items()}
+                self._fill(shard, i)
             self._check_tokens(shard, split, packed[split].tokens)
             if split == "train":
                 squares += [summed_squares(part) for part in shard["activations"].split(_CHUNK_ROWS)]
-            splits[split]["shards"].append(self._write(f"{split}/{number:05d}.safetensors", shard))
-            self._bucket(i).unlink()
+            splits[split]["shards"].append(self._entry(name, shard) if made else self._write(name, shard))
+            self._bucket(i).unlink(missing_ok=True)
         manifest = {
             "format_version": FORMAT_VERSION, "cache_id": self.cache_id, "identity": self.identity, "d_in": self.d_in,
             "dtype": self.dtype, "rows_per_shard": self.rows_per_shard,
@@ -213,10 +249,63 @@ class CacheWriter:
             "special_ids": list(packed["train"].special_ids), "splits": splits,
         }
         write_json(self._partial / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
+        (self._partial / _PROGRESS).unlink(missing_ok=True)
         return open_cache(self._publish())
+
+    def _go_on(self) -> bool:
+        """Take over what a writer of the same cache has left; False if there is nothing, or nothing that can be used."""
+        file = self._partial / _PROGRESS
+        if (self._partial / MANIFEST).exists():  # all is there, but was not published
+            self.sequences_done, self.complete, self._n_appended = {}, True, dict(self.splits)
+            return True
+        if not file.exists():
+            return False
+        try:
+            noted = json.loads(file.read_text())
+            sizes = dict(zip(range(len(self._shards)), noted["bucket_bytes"], strict=True))
+            usable = noted["of"] == self._made_of()
+            self.sequences_done, self.complete = noted["sequences_done"], noted["complete"]
+            self._n_appended = noted["n_appended"]
+        except (ValueError, KeyError, TypeError):
+            usable = False
+        if usable:  # what was appended after the note is cut off
+            for shard, size in sizes.items():
+                bucket = self._bucket(shard)
+                if (self._partial / self._shard_name(shard)).exists():
+                    continue
+                if (bucket.stat().st_size if bucket.exists() else 0) < size:
+                    usable = False
+                elif bucket.exists():
+                    os.truncate(bucket, size)
+        if not usable:
+            log.warning("what an interrupted harvest left in %s cannot be used; starting again", self._partial)
+            return False
+        log.info("going on with %s: %s rows are there", self.cache_id, f"{sum(self._n_appended.values()):,}")
+        return True
+
+    def _made_of(self) -> dict[str, Any]:
+        """What a note has to agree in with this writer, beside the name of the cache."""
+        return {"splits": self.splits, "d_in": self.d_in, "dtype": self.dtype, "rows_per_shard": self.rows_per_shard}
+
+    def _note(self) -> None:
+        """Write down how far this writer is, so that the next one can go on from here."""
+        self._flush()
+        for shard in self._unsynced:
+            with open(self._bucket(shard), "rb") as file:
+                os.fsync(file.fileno())
+        self._unsynced.clear()
+        buckets = (self._bucket(shard) for shard in range(len(self._shards)))
+        write_json(self._partial / _PROGRESS, {
+            "of": self._made_of(), "complete": self.complete, "sequences_done": self.sequences_done,
+            "n_appended": self._n_appended, "bucket_bytes": [b.stat().st_size if b.exists() else 0 for b in buckets]})
+        self._noted = time.monotonic()
 
     def _bucket(self, shard: int) -> Path:
         return self._partial / f"bucket{shard:05d}"
+
+    def _shard_name(self, shard: int) -> str:
+        split, number, _ = self._shards[shard]
+        return f"{split}/{number:05d}.safetensors"
 
     def _flush(self) -> None:
         """Append the waiting rows to their buckets."""
@@ -224,8 +313,13 @@ class CacheWriter:
         order = np.argsort(shard_of)
         shards, starts = np.unique(shard_of[order], return_index=True)
         for shard, rows in zip(shards, np.split(order, starts[1:])):
-            with open(self._bucket(shard), "ab") as file:
-                self._waiting[rows].tofile(file)
+            bucket = self._bucket(int(shard))
+            try:
+                with open(bucket, "ab") as file:
+                    file.write(self._waiting[rows].view(np.uint8))
+            except OSError as error:
+                raise OSError(f"{bucket} cannot be written: {error.strerror}") from error
+            self._unsynced.add(int(shard))
         self._n_waiting = 0
 
     def _fill(self, shard: dict[str, Tensor], number: int) -> None:
@@ -251,32 +345,24 @@ class CacheWriter:
 
     def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Write a file for good and return its entry in the manifest."""
+        with replacing(self._partial / name) as temporary:
+            save_file(tensors, temporary)
+        return self._entry(name, tensors)
+
+    def _entry(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         path = self._partial / name
-        save_file(tensors, path)
         with open(path, "rb") as file:
-            os.fsync(file.fileno())
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"file": name, "rows": len(next(iter(tensors.values()))), "bytes": path.stat().st_size, "sha256": sha256}
 
     def _publish(self) -> Path:
         final = self.root / self.cache_id
-        for folder in (*(self._partial / name for name in ("tokens", *self.splits)), self._partial):
-            _sync_folder(folder)
+        sync_folder(self._partial)
         try:
             os.rename(self._partial, final)
         except OSError:
             if not (final / MANIFEST).exists():
                 raise
             shutil.rmtree(self._partial)
-        _sync_folder(self.root)
+        sync_folder(self.root)
         return final
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut; Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -39,14 +39,14 @@ class FileActivations(Activations):
     """
 
     def __init__(self, path: str, *, heldout_path: str | None = None, heldout_fraction: float = 0.1):
-        array = _open(path)
+        array = open_array(path)
         if heldout_path is None:
             if not 0 < heldout_fraction < 1:
                 raise ValueError(f"heldout_fraction is {heldout_fraction}; it must be between 0 and 1")
             n_train = len(array) - round(len(array) * heldout_fraction)
             train, held_out = array[:n_train], array[n_train:]
         else:
-            train, held_out = array, _open(heldout_path)
+            train, held_out = array, open_array(heldout_path)
             if held_out.shape[1] != train.shape[1]:
                 raise ValueError(f"{heldout_path} has rows of {held_out.shape[1]} numbers, {path} of {train.shape[1]}; "
                                  "they must be equal")
@@ -114,7 +114,7 @@ def _split_key(path: str) -> tuple[Path, str | None]:
     return Path(file).expanduser(), key if separator else None
 
 
-def _open(path: str) -> Tensor:
+def open_array(path: str) -> Tensor:
     """The array of a file, mapped, not read; checked but for its values."""
     file, key = _split_key(path)
     readers = {".npy": _open_npy, ".safetensors": _open_safetensors, ".pt": _open_pt}
@@ -140,7 +140,7 @@ def _open(path: str) -> Tensor:
 
 def _open_npy(file: Path, _: None) -> Tensor:
     try:
-        return torch.from_numpy(np.load(file, mmap_mode="c"))  # c: copy on write, as torch has no read-only tensors
+        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))  # c: copy on write, as torch has no read-only tensors
     except ValueError as error:
         raise TypeError(error) from None  # numpy's name for a broken or pickled file
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
-from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
+from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes, partial_folder
 from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, PackedTokens, deal, pack
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
@@ -54,26 +54,33 @@ def _identity(lm: LoadedLM, hook: HookPoint, corpus_fingerprint: str, spec: Harv
 
 
 def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corpus, spec: HarvestSpec, *,
-            root: Path | str, batch_size: int, progress_bar: bool = True) -> dict[str, Cache]:
+            root: Path | str, batch_size: int, along: Sequence[HookPoint] = (), progress_bar: bool = True
+            ) -> dict[str, Cache]:
     """The caches of ``hooks`` below ``root``; those that are not there yet are made in one pass over the text.
 
     Args:
         batch_size: rows a forward pass.
+        along: hook points whose missing caches are made too where one of ``hooks`` is missing, in the same pass.
 
     Returns:
         A cache for each hook point, by its name. Their rows are aligned: row i is the same token in all of them.
 
     Raises:
-        ValueError: if the corpus is empty, the disk too small, a cache damaged, or an activation not finite.
+        ValueError: if the corpus is empty, the disk too small, a cache damaged or of another width than the hook
+            point, or an activation not finite.
     """
     root = Path(root)
     fingerprint = corpus.fingerprint()
-    identities = {hook.name: _identity(lm, hook, fingerprint, spec) for hook in hooks}
+    points = {hook.name: hook for hook in (*hooks, *along)}
+    identities = {name: _identity(lm, hook, fingerprint, spec) for name, hook in points.items()}
     ids = {name: make_cache_id(lm=lm_name, hook=name, identity=identity) for name, identity in identities.items()}
+    if all((root / ids[hook.name] / MANIFEST).exists() for hook in hooks):
+        points = {hook.name: hook for hook in hooks}  # no pass, so nothing along with it
     with ExitStack() as stack:
-        for cache_id in sorted(ids.values()):  # always in one order, so that two harvests cannot wait for each other
+        # Always in one order, so that two harvests cannot wait for each other.
+        for cache_id in sorted(ids[name] for name in points):
             stack.enter_context(cache_lock(root, cache_id))
-        missing = [hook for hook in hooks if not (root / ids[hook.name] / MANIFEST).exists()]
+        missing = [hook for name, hook in points.items() if not (root / ids[name] / MANIFEST).exists()]
         made = {}
         if missing:
             packed = _pack(corpus, lm, spec)
@@ -83,21 +90,28 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
                           for d_in in widths.values())
             log.info("harvesting %s of %s: %s tokens, %.2f GB", ", ".join(widths), lm_name,
                      " + ".join(f"{n:,} {split}" for split, n in rows.items()), n_bytes / 1e9)
-            check_disk_space(root, n_bytes)
+            there = sum(file.stat().st_size for hook in missing
+                        for file in partial_folder(root, ids[hook.name]).rglob("*") if file.is_file())
+            check_disk_space(root, n_bytes - there)
             writers = {
                 hook.name: stack.enter_context(CacheWriter(
                     root, ids[hook.name], identity=identities[hook.name], d_in=widths[hook.name], dtype=spec.dtype,
                     splits=rows, rows_per_shard=spec.rows_per_shard, seed=spec.seed))
                 for hook in missing
             }
-            _run(lm, missing, packed, writers, batch_size, progress_bar)
+            unfinished = [hook for hook in missing if not writers[hook.name].complete]
+            _run(lm, unfinished, packed, writers, batch_size, progress_bar)
             made = {name: writer.finish(packed, progress_bar=progress_bar) for name, writer in writers.items()}
-        return {hook.name: made.get(hook.name) or _open(root / ids[hook.name]) for hook in hooks}
+        return {hook.name: made.get(hook.name) or _open(root / ids[hook.name], hook_width(lm.model, hook))
+                for hook in hooks}
 
 
-def _open(path: Path) -> Cache:
+def _open(path: Path, width: int) -> Cache:
     """A cache that was there already, its hashes checked where that takes seconds and not hours."""
     cache = open_cache(path)
+    if cache.d_in != width:
+        raise ValueError(f"cache {path} has rows of {cache.d_in} numbers, but the hook point gives {width}; it belongs to "
+                         "another language model: delete the folder to harvest it again")
     if cache.n_bytes <= _HASHED_UP_TO_BYTES:
         cache.verify_hashes()
     return cache
@@ -119,14 +133,18 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
 
 def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTokens],
          writers: Mapping[str, CacheWriter], batch_size: int, progress_bar: bool) -> None:
-    total = sum(part.n_tokens for part in packed.values())
+    total = sum(part.n_tokens for part in packed.values()) if hooks else 0
     with tqdm(total=total, desc="harvest", unit="token", unit_scale=True, disable=not progress_bar) as bar:
         for split, part in packed.items():
             keep = part.keep
             for start in range(0, len(part.tokens), batch_size):
                 tokens, kept = part.tokens[start : start + batch_size], keep[start : start + batch_size]
-                sequences, positions = kept.nonzero(as_tuple=True)
-                for name, activations in capture(lm.model, hooks, tokens).items():
-                    writers[name].append(split, activations[kept.to(activations.device)], tokens[kept],
-                                         sequences + start, positions)
-                bar.update(len(sequences))
+                behind = [hook for hook in hooks if writers[hook.name].sequences_done[split] < start + len(tokens)]
+                if behind:
+                    sequences, positions = kept.nonzero(as_tuple=True)
+                    for name, activations in capture(lm.model, behind, tokens).items():
+                        new = sequences + start >= writers[name].sequences_done[split]
+                        writers[name].append(split, activations[kept.to(activations.device)][new.to(activations.device)],
+                                             tokens[kept][new], sequences[new] + start, positions[new])
+                        writers[name].sequences_appended(split, start + len(tokens))
+                bar.update(int(kept.sum()))

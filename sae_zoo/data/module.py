@@ -10,7 +10,7 @@ from sae_zoo.data.activations import Activations, Batches
 from sae_zoo.data.loading import ReadAhead
 
 # Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
-_VALIDATION_ROWS = 8192
+VALIDATION_ROWS = 8192
 
 
 class ActivationData(pl.LightningDataModule):
@@ -41,7 +41,7 @@ class ActivationData(pl.LightningDataModule):
 
     def validation_rows(self) -> Tensor:
         """The rows on which L0 is measured, [n, d_in]."""
-        return self.activations.rows("validation", 0, min(_VALIDATION_ROWS, self.activations.n_rows("validation")))
+        return self.activations.rows("validation", 0, min(VALIDATION_ROWS, self.activations.n_rows("validation")))
 
     def val_dataloader(self) -> DataLoader:
         rows = self.validation_rows()

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_zoo.files import replacing
 from sae_zoo.records import write_json
 from sae_zoo.saes import SAE, variant_class
 
@@ -41,10 +42,8 @@ def folded_weights(sae: SAE) -> dict[str, Tensor]:
 
 def save_sae(sae: SAE, directory: Path, *, about: dict) -> None:
     """Write ``sae`` folded into ``directory``; ``about`` (plain values: lm, hook, ...) goes into ``sae.json``."""
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f"{WEIGHTS}.tmp"
-    save_file(folded_weights(sae), temporary)
-    temporary.replace(directory / WEIGHTS)
+    with replacing(directory / WEIGHTS) as temporary:
+        save_file(folded_weights(sae), temporary)
     write_json(directory / CONFIG, {"variant": sae.variant, "d_in": sae.d_in, "d_sae": sae.d_sae,
                                     "options": sae.options, **about})
 

@@ -1,10 +1,15 @@
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from sae_zoo.data import cache_writer, harvesting
+from sae_zoo.data.cache import manifest_digest
 from sae_zoo.data.corpus import TextFilesCorpus
 from sae_zoo.data.harvesting import HarvestSpec, harvest
-from sae_zoo.lm.hooks import resolve_hook
+from sae_zoo.lm.hooks import capture, resolve_hook
 from sae_zoo.lm.load import load_lm
 from sae_zoo.lm.pretraining import train_tokenizer
 
@@ -90,6 +95,43 @@ def test_too_small_a_disk_is_said_before_the_work(lm, caches, text, tmp_path, mo
     monkeypatch.setattr("sae_zoo.data.harvesting.CacheWriter", None)
     with pytest.raises(ValueError, match=r"needs 0\.00 GB, but only 0\.00 GB are free"):
         harvest(lm, "tiny", caches[0][:1], caches[2], HarvestSpec(**SPEC), root=tmp_path, batch_size=4, progress_bar=False)
+
+
+def test_a_cache_of_another_width_than_the_hook_point_is_refused(lm, caches, tmp_path):
+    """A cache that was put where that of another hook point belongs."""
+    hooks, root, corpus, made = caches
+    theirs, ours = made["residual.1"], made["attention.1"]
+    folder = shutil.copytree(theirs.path, tmp_path / ours.cache_id)
+    manifest = theirs.manifest | {"cache_id": ours.cache_id}
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}))
+    with pytest.raises(ValueError, match="has rows of 24 numbers, but the hook point gives 32; it belongs to another") as error:
+        harvest(lm, "tiny", [hooks[1]], corpus, HarvestSpec(**SPEC), root=tmp_path, batch_size=4, progress_bar=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stopped_at", [0, 6, 13])
+def test_an_interrupted_harvest_reads_on_where_it_was(lm, caches, tmp_path, monkeypatch, stopped_at):
+    hooks, _, corpus, made = caches
+    passes = []
+
+    def counted(model, hooks, tokens):
+        if len(passes) == stopped_at:
+            passes.append(None)
+            raise KeyboardInterrupt
+        passes.append(tokens)
+        return capture(model, hooks, tokens)
+
+    monkeypatch.setattr(cache_writer, "_NOTE_SECONDS", 0.0)
+    monkeypatch.setattr(harvesting, "capture", counted)
+    arguments = {"root": tmp_path, "batch_size": 4, "progress_bar": False}
+    with pytest.raises(KeyboardInterrupt):
+        harvest(lm, "tiny", hooks, corpus, HarvestSpec(**SPEC), **arguments)
+    again = harvest(lm, "tiny", hooks, corpus, HarvestSpec(**SPEC), **arguments)
+    read = torch.cat([tokens for tokens in passes if tokens is not None])
+    assert torch.equal(read, torch.cat([made["mlp.2"].tokens(split) for split in SPEC["n_tokens"]]))  # none of it twice
+    for name, cache in again.items():
+        files = [{f.relative_to(c.path): f.read_bytes() for f in c.path.rglob("*") if f.is_file()} for c in (cache, made[name])]
+        assert files[0] == files[1]
 
 
 def test_bad_splits():

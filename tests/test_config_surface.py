@@ -1,0 +1,82 @@
+"""Whatever a user writes into a config is either meant so, or ends in one clear line."""
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_zoo.config import build_corpus, build_harvest_spec, build_sae, check_settings, compose_config, config_hash, device_of
+
+USERS_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)  # what an entry point shows as one line
+VARIANTS = ["jumprelu", "relu", "topk", "gated", "gated_ri_l1"]
+VALUES = ["null", "-1", "0", "0.5", "1e400", "nan", "abc", "''", "true", "[1,2]", "{a: 1}", "1000000000000", "-inf", "2"]
+
+
+def leaves(cfg, prefix=""):
+    for key in cfg:
+        node = OmegaConf.select(cfg, key)
+        yield from leaves(node, f"{prefix}{key}.") if OmegaConf.is_dict(node) else [prefix + str(key)]
+
+
+KEYS = sorted(key for key in leaves(compose_config("train", []))
+              if key.split(".")[0] in ("sae", "recipe", "data", "trainer", "corpus", "evaluation")
+              or key in ("l0_target", "seed", "d_sae"))
+
+
+def build(overrides):
+    """All that can be built of a config without data: what is wrong with it is said here, before any work."""
+    cfg = compose_config("train", ["d_sae=8", "l0_target=2", *overrides])
+    config_hash(OmegaConf.to_container(cfg, resolve=True))
+    check_settings(cfg)
+    build_harvest_spec(cfg)
+    if any(override.startswith("corpus") for override in overrides):  # finding all files of the default one takes long
+        build_corpus(cfg.corpus)
+    device_of(cfg.trainer.accelerator)
+    return build_sae(cfg, d_in=4, input_scale=1.0)
+
+
+NO_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]  # each example composes a config
+
+
+@settings(phases=NO_SHRINKING, max_examples=40, deadline=None)
+@given(sae=st.sampled_from(VARIANTS), recipe=st.sampled_from(["short", "paper"]),
+       changes=st.lists(st.tuples(st.sampled_from(KEYS), st.sampled_from(VALUES)), min_size=1, max_size=3))
+def test_bad_values_end_in_one_line(sae, recipe, changes):
+    overrides = [f"{key}={value}" for key, value in changes if not (key == "d_sae" and value == "1000000000000")]
+    try:
+        build([f"sae={sae}", f"recipe={recipe}", *overrides])
+    except USERS_MISTAKES as error:
+        assert str(error)
+
+
+@settings(phases=NO_SHRINKING, max_examples=15, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["C"]), max_size=20), min_size=1, max_size=3))
+def test_bad_text_ends_in_one_line(overrides):
+    try:
+        build(overrides)
+    except USERS_MISTAKES as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("sae", VARIANTS)
+def test_what_is_right_is_built(sae):
+    built = build([f"sae={sae}"])
+    assert built.d_sae == 8 and isinstance(built(torch.zeros(1, 4)).x_hat, torch.Tensor)
+
+
+@pytest.mark.parametrize("override, message", [
+    ("recipe.n_steps=abc", "recipe.n_steps is 'abc'; it must be a whole number"),
+    ("recipe.lr=true", "recipe.lr is True; it must be a number"),
+    ("recipe.lr_l0=abc", "recipe.lr_l0 is 'abc'; it must be a number or null"),
+    ("d_sae=null", "d_sae is None; it must be a whole number"),
+    ("data.n_tokens.train=null", "data.n_tokens is .*; it must be a mapping of names to a whole number"),
+    ("+sae.banana=1", "sae.banana is unknown here; leave it out"),
+    ("trainer.checkpoint_every=0", "trainer.checkpoint_every is 0; it must be at least 1"),
+    ("evaluation.n_rows=1.5", "evaluation.n_rows is 1.5; it must be a whole number"),
+])
+def test_types_are_said_by_name(override, message):
+    with pytest.raises(ValueError, match=message):
+        build([override])

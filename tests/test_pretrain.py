@@ -1,0 +1,104 @@
+"""Pretraining through its entry point: a tiny model with dropout, so that the random state has to survive too."""
+
+import logging
+import os
+import random
+import signal
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from sae_zoo import pretrain
+from sae_zoo.lm.load import load_lm
+from sae_zoo.lm.pretraining import LanguageModelPretraining
+
+ARCHITECTURE = "+architecture={model_type: gpt2, n_embd: 32, n_inner: 48, n_layer: 2, n_head: 2}"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choice("def class self return import for".split()) for _ in range(90)))
+    return folder
+
+
+@pytest.fixture
+def run(text, monkeypatch, capfd):
+    def call(folder, *overrides):
+        GlobalHydra.instance().clear()
+        logging.getLogger().handlers.clear()
+        monkeypatch.chdir(folder)  # so that no path differs
+        monkeypatch.setattr(sys, "argv", [
+            "pretrain", "corpus=text_files", f"corpus.paths={text}", "vocab_size=270", "context_size=32", "batch_size=4",
+            "n_steps=40", "checkpoint_every=10", "warmup_steps=5", "precision=32-true", "progress_bar=false", "name=tiny",
+            "output_dir=out", "~architecture", ARCHITECTURE, *overrides])
+        status = 0
+        try:
+            pretrain.main()
+        except SystemExit as stop:
+            status = stop.code
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        return status, captured.out + captured.err
+
+    return call
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def whole(run, tmp_path_factory):
+    """The files of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(folder)[0] == 0
+    return files(folder)
+
+
+def test_a_finished_model_is_loaded_and_skipped_and_another_config_is_refused(run, tmp_path):
+    assert run(tmp_path)[0] == 0
+    lm_dir, before = tmp_path / "out/lm/tiny", files(tmp_path)
+    assert load_lm(str(lm_dir)).n_layers == 2 and not (lm_dir / "training/checkpoints").exists()
+    status, printed = run(tmp_path, "checkpoint_every=20")
+    assert status == 0 and "is finished; skipped" in printed and files(tmp_path) == before
+    status, printed = run(tmp_path, "seed=1")
+    assert status == 2 and "holds a language model of another config" in printed and files(tmp_path) == before
+
+
+def test_what_was_interrupted_ends_as_if_it_had_not_been(run, whole, tmp_path, monkeypatch):
+    honest, waiting = LanguageModelPretraining.training_step, [7, 23]
+
+    def interrupted(self, batch, batch_idx):
+        if self.global_step in waiting:
+            waiting.remove(self.global_step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageModelPretraining, "training_step", interrupted)
+    for after in (8, 24):
+        status, printed = run(tmp_path)
+        assert status == 130 and f"sae_zoo.pretrain: interrupted after step {after}; the same command goes on" in printed
+    assert run(tmp_path)[0] == 0 and files(tmp_path) == whole
+
+
+@pytest.mark.parametrize("n_left", [0, 20_000], ids=["no file", "half the weights"])
+def test_a_disk_that_is_full_when_the_model_is_written(run, whole, small_disk, monkeypatch, n_left):
+    disk, honest = small_disk(8_000_000), pretrain.bits_per_byte
+
+    def fill(*args):
+        with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
+            while True:
+                file.write(b"0" * 1024)
+        os.truncate(disk / "filler", (disk / "filler").stat().st_size - n_left)
+        return honest(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "bits_per_byte", fill)
+        status, printed = run(disk)
+    assert status == 2 and "No space left on device" in printed and not (disk / "out/lm/tiny/pretraining.json").exists()
+    (disk / "filler").unlink()
+    monkeypatch.setattr(LanguageModelPretraining, "training_step", lambda *_: pytest.fail("it trains again"))
+    assert run(disk)[0] == 0 and files(disk) == whole
