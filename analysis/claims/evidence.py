@@ -22,6 +22,7 @@ NAMES = {"relu": "ReLU", "gated": "Gated", "gated_ri_l1": "Gated RI-L1", "topk":
 # What the paper's arms are, of the options that ablations change; a run that says otherwise is in no arm of a frontier.
 PUBLISHED = {
     "relu": {"sae.penalty": "l1"},
+    "topk": {"sae.recall": 1.0},
     "jumprelu": {"sae.penalty": "l0", "sae.sparsity_loss": "l0", "sae.kernel": "rectangle", "sae.threshold_as": "log",
                  "sae.ste_into_pre_acts": False},
 }
@@ -187,13 +188,20 @@ class Evidence:
         return configurations[main[0]]
 
     def _add_curves(self, arm: Arm, runs: Iterable[Record]) -> None:
-        for pair, own in _by(runs, lambda run: (group_of(run), run["seed"])).items():
-            settings = [(run.get("l0_target"), run.get("sparsity_coefficient")) for run in own]
+        for pair, repeated in _by(runs, lambda run: (group_of(run), run["seed"])).items():
+            # The arm that two sweeps share was trained in both, to the same numbers: it counts once.
+            own = list({(*_setting(run), run["l0"], run.get("fvu")): run for run in repeated}.values())
+            settings = list(map(_setting, own))
             if len(set(settings)) < len(own) or len({run["l0"] for run in own}) < len(own):
                 arm.left_out.append(f"{self.where(pair)}: two runs of {arm.name} have the same target or the same L0; "
                                     "they differ in something that records do not tell")
             else:
                 arm.curves[pair] = Curve(tuple(own))
+
+
+def _setting(run: Record) -> tuple:
+    """What decides a run's sparsity: (L0 target, explicit coefficient)."""
+    return run.get("l0_target"), run.get("sparsity_coefficient")
 
 
 def _by(runs: Iterable[Record], key: Callable[[Record], Hashable]) -> dict[Hashable, list[Record]]:
