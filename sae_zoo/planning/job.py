@@ -1,0 +1,219 @@
+"""One job of a sweep: what each of its phases takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from sae_zoo.data.cache import DTYPES
+from sae_zoo.data.cache_writer import estimated_bytes
+from sae_zoo.planning.lm import LMCost
+from sae_zoo.planning.machine import Machine, Rates
+from sae_zoo.planning.meter import Cost
+from sae_zoo.planning.sae import SAECost
+
+# What a process takes on a CUDA device before it computes: the context and the libraries' work areas.
+_CUDA_BYTES = 1_000_000_000
+# What a run's process takes beyond one that has loaded it all: Lightning's trainer, threads, compiled kernels.
+_LATER_BYTES = 100_000_000
+# On a CPU, what a pass of the language model leaves of the heap for each byte that lives at its peak: the holes too.
+_HEAP = 2.5
+# Share of latents that is taken to be dead where AuxK trains them (0.1 to 3 % at the end of runs, analysis/LOG.md).
+DEAD_SHARE = 0.03
+# A token while text is packed: the pieces, the stream and the rows, int32 each.
+_BYTES_A_PACKED_TOKEN = 12
+_ROWS_WAITING = 1 << 27  # bytes of rows that a cache's writer collects
+_BATCHES_READ_AHEAD = 4  # one in use, two waiting, one being read
+_FORWARD_PASSES = 3  # of the language model: clean, spliced, ablated
+_ATTRIBUTED_POSITIONS = 2  # gradients a row
+_CALIBRATION_PASSES = 13  # over the validation rows, when L0 control ends
+# Of a training step, around it: Lightning's loop, counters, L0 control.
+_STEP_SECONDS = 2e-3
+_CHECKPOINTS = 3  # two are kept, and a new one is written beside them
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """A pass of the language model that makes activation caches.
+
+    Attributes:
+        widths: of the activations at each hook point.
+        n_tokens: rows of each split of each cache.
+        dtype, rows_per_shard: of the caches.
+        context_size, batch_size: tokens a row that the model reads, rows a forward pass.
+        cost: of a forward pass to the last hook point.
+        weight_bytes: of the model.
+    """
+
+    widths: tuple[int, ...]
+    n_tokens: Mapping[str, int]
+    dtype: str
+    rows_per_shard: int
+    context_size: int
+    batch_size: int
+    cost: Cost
+    weight_bytes: int
+
+    @property
+    def n_forward(self) -> float:
+        """Forward passes; a row's first token, BOS, is no activation."""
+        return sum(self.n_tokens.values()) / ((self.context_size - 1) * self.batch_size)
+
+    def bytes_on_disk(self, *, at_peak: bool) -> int:
+        """Of all caches, finished, or with the one shard that is there twice while they are made."""
+        shard = self.rows_per_shard if at_peak else 0
+        return sum(estimated_bytes(self.n_tokens, d_in=d_in, dtype=self.dtype, rows_per_shard=shard)
+                   for d_in in self.widths)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of the activations alone: tokens x width x bytes a number."""
+        return sum(self.n_tokens.values()) * sum(self.widths) * DTYPES[self.dtype].itemsize
+
+    def of_at_most(self, n_train: int) -> Harvest:
+        """The same of no more than ``n_train`` tokens of train."""
+        return replace(self, n_tokens={**self.n_tokens, "train": min(n_train, self.n_tokens["train"])})
+
+    @property
+    def shard_bytes(self) -> int:
+        """Of the activations of a shard of the widest cache."""
+        return min(self.rows_per_shard, max(self.n_tokens.values())) * max(self.widths) * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Attributes: name, seconds, FLOPs; peak memory of the host and of each device (0 where the CPU is it), bytes."""
+
+    name: str
+    seconds: float
+    flops: float
+    host_bytes: float
+    device_bytes: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a job is made of, as its config says.
+
+    Attributes:
+        name: for people.
+        harvest: None where the activations are a file's.
+        lm: of a batch of rows at the hook point; None where there is no language model.
+        sae: of a step on one device.
+        entries: latents above 0 on a token, on average over the run.
+        dense: whether all steps are.
+        controlled: whether L0 control ends with a calibration.
+        n_steps, validation_every, n_validation_rows: of training.
+        n_rows, n_lm_tokens: of the evaluation.
+        devices: that train together, each on its share of a batch.
+    """
+
+    name: str
+    harvest: Harvest | None
+    lm: LMCost | None
+    sae: SAECost
+    entries: float
+    dense: bool
+    controlled: bool
+    n_steps: int
+    validation_every: int
+    n_validation_rows: int
+    n_rows: int
+    n_lm_tokens: int
+    devices: int
+
+    def run_bytes(self) -> int:
+        """Disk that the run's folder takes while it trains: checkpoints of parameters and optimiser, and the SAE."""
+        return _CHECKPOINTS * (self.sae.parameter_bytes + self.sae.state_bytes) + self.sae.parameter_bytes
+
+    def phases(self, machine: Machine, rates: Rates) -> list[Phase]:
+        """Harvest (where there is one), training and evaluation; a harvest that another job has made is in it too."""
+        made = [self._harvest(machine, rates)] if self.harvest is not None else []
+        return [*made, self._training(machine, rates), self._evaluation(machine, rates)]
+
+    def _memory(self, machine: Machine, *, host: float, device: float) -> tuple[float, float]:
+        """Peaks from what a phase holds in either place; on a CPU it is one place, with a process for each device."""
+        host += machine.process_bytes + _LATER_BYTES
+        if machine.device_bytes is None:
+            return self.devices * (host + device), 0.0
+        return self.devices * host, device + _CUDA_BYTES
+
+    def _harvest(self, machine: Machine, rates: Rates) -> Phase:
+        """FLOPs: the forward passes'. Time: they at the rate of a real layer; every byte of a cache is written twice
+        (as rows in the order of reading, then in shards), read once and hashed. Memory: the model, a forward pass, the
+        packed tokens; for each cache the rows that wait, and at the end a shard.
+        """
+        work = self.harvest
+        n_bytes = work.bytes_on_disk(at_peak=False)
+        flops = work.n_forward * work.cost.flops
+        waiting = sum(min(_ROWS_WAITING, n_bytes) for _ in work.widths)
+        host = sum(work.n_tokens.values()) * _BYTES_A_PACKED_TOKEN + waiting + work.shard_bytes
+        if machine.device_bytes is not None:
+            host += work.weight_bytes  # it is loaded on the way to the device
+        memory = self._memory(machine, host=host, device=work.weight_bytes + _heap(machine) * work.cost.peak_bytes)
+        return Phase("harvest", flops * rates.lm_flop + n_bytes * (2 * rates.write + rates.read + rates.digest), flops,
+                     *memory)
+
+    def step_seconds(self, rates: Rates) -> float:
+        """A training step: B n encode + B entries entry + parameters parameter + AuxK's and a dense step's FLOPs at the
+        encoder's rate, B of one device; or, if that is longer, the reading of the batch.
+        """
+        sae = self.sae
+        flop = rates.encode / (2 * sae.d_in)
+        if self.dense:
+            computing = sae.dense.flops * flop
+        else:
+            entries = self.entries * rates.selected
+            auxk = sae.sparse_flops(entries, DEAD_SHARE) - sae.sparse_flops(entries, 0.0)
+            computing = sae.batch * (sae.d_sae * rates.encode + entries * rates.entry) + auxk * flop
+        computing += sae.n_parameters * rates.parameter + _STEP_SECONDS
+        return max(computing, sae.batch * self.devices * sae.d_in * 4 * rates.read)
+
+    def _encoding(self, rates: Rates, rows: float) -> tuple[float, float]:
+        """Seconds and FLOPs of encoding rows with a finished SAE."""
+        return (rows * self.sae.d_sae * rates.encode, 2 * rows * self.sae.d_in * self.sae.d_sae)
+
+    def _training(self, machine: Machine, rates: Rates) -> Phase:
+        """``n_steps`` steps, and looks at the validation rows between them. Memory: the language model, which waits for
+        the evaluation, two shards, the batches that are read ahead, and :meth:`SAECost.peak_bytes`.
+        """
+        sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.controlled
+        seconds, flops = self._encoding(rates, looks * self.n_validation_rows)
+        entries = self.entries * rates.selected
+        a_step = sae.dense.flops if self.dense else sae.sparse_flops(entries, DEAD_SHARE)
+        batches = _BATCHES_READ_AHEAD * sae.batch * sae.d_in * 4
+        shards = 2 * self.harvest.shard_bytes if self.harvest is not None else 0
+        memory = self._memory(machine, host=batches + shards, device=self._lm_bytes()
+                              + sae.peak_bytes(sae.d_sae if self.dense else entries, device=machine.device_type))
+        return Phase("training", seconds + self.n_steps * self.step_seconds(rates),
+                     flops + self.n_steps * a_step * self.devices, *memory)
+
+    def _lm_bytes(self) -> int:
+        return self.lm.weight_bytes if self.lm is not None else 0
+
+    def _evaluation(self, machine: Machine, rates: Rates) -> Phase:
+        """Encoding ``n_rows`` rows and the rows of the language model's tokens, three forward passes of it, and r_L0's
+        one with its gradients. Memory: the model and the parameters, and the passes' peak with gradients.
+        """
+        seconds, flops = self._encoding(rates, self.n_rows + (self.n_lm_tokens if self.lm is not None else 0))
+        peak = 0
+        if self.lm is not None and self.harvest is not None:
+            lm, rows = self.lm, max(1, self.n_lm_tokens // self.harvest.context_size)
+            gradient = lm.attribution.flops - lm.forward.flops
+            of_lm = rows / self.harvest.batch_size * (
+                (_FORWARD_PASSES + 1) * lm.forward.flops + _ATTRIBUTED_POSITIONS * gradient)
+            seconds, flops = seconds + of_lm * rates.lm_flop, flops + of_lm
+            peak = _heap(machine) * lm.attribution.peak_bytes * min(1.0, rows / self.harvest.batch_size)
+        memory = self._memory(machine, host=0, device=self._lm_bytes() + self.sae.parameter_bytes + peak)
+        return Phase("evaluation", seconds, flops, *memory)
+
+
+def _heap(machine: Machine) -> float:
+    return _HEAP if machine.device_bytes is None else 1.0
+
+
+def mean_l0(l0_in_force, n_steps: int) -> float:
+    """The mean over a run of ``l0_in_force(step)``, from a hundred of its steps."""
+    steps = [math.floor(i * n_steps / 100) for i in range(100)]
+    return sum(map(l0_in_force, steps)) / len(steps)

@@ -1,0 +1,119 @@
+"""Sums of a job, with rates and a machine that are made up."""
+
+from dataclasses import replace
+
+import pytest
+
+from sae_zoo.data.cache_writer import estimated_bytes
+from sae_zoo.planning.job import Harvest, Job, mean_l0
+from sae_zoo.planning.lm import LMCost
+from sae_zoo.planning.machine import Machine, Rates
+from sae_zoo.planning.meter import Cost
+from sae_zoo.planning.report import Plan, Planned, duration, size, text
+from sae_zoo.planning.sae import SAECost
+
+GB = 1_000_000_000
+MACHINE = Machine(host_bytes=64 * GB, device_bytes=None, free_disk_bytes=100 * GB, process_bytes=GB // 2,
+                  device="made up")
+RATES = Rates(encode=1e-9, entry=1e-7, parameter=1e-9, selected=1.0, lm_flop=1e-11, write=2e-9, read=1e-9, digest=1e-9)
+HARVEST = Harvest(widths=(512,), n_tokens={"train": 100_000, "validation": 10_000, "test": 10_000}, dtype="float32",
+                  rows_per_shard=65536, context_size=128, batch_size=8, cost=Cost(10**11, 10**8), weight_bytes=GB)
+LM = LMCost(GB, 512, HARVEST.cost, Cost(2 * 10**11, 10**9), Cost(5 * 10**11, 10**9))
+SAE = SAECost(batch=1024, d_in=512, d_sae=4096, auxk=True, n_parameters=4_200_000, parameter_bytes=16_800_000,
+              state_bytes=16_800_000, products=5, dense=Cost(10**11, 10**8))
+JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, controlled=False, n_steps=1000,
+          validation_every=50, n_validation_rows=8192, n_rows=10_000, n_lm_tokens=4096, devices=1)
+
+
+def phases(job, machine=MACHINE, rates=RATES):
+    return {phase.name: phase for phase in job.phases(machine, rates)}
+
+
+def test_the_published_size_of_the_activations():
+    """8e9 tokens of one site of Gemma 2 9B are about 104 TiB in float32 (Gemma Scope, arXiv 2408.05147)."""
+    paper = replace(HARVEST, widths=(3584,), n_tokens={"train": 8_000_000_000, "validation": 0, "test": 0})
+    assert paper.activation_bytes / 2**40 == pytest.approx(104, rel=0.01)
+    assert replace(paper, dtype="bfloat16").activation_bytes * 2 == paper.activation_bytes
+
+
+def test_disk_is_what_the_writer_of_caches_asks_for():
+    sizes = {"d_in": 512, "dtype": "float32"}
+    assert HARVEST.bytes_on_disk(at_peak=True) == estimated_bytes(HARVEST.n_tokens, rows_per_shard=65536, **sizes)
+    both = replace(HARVEST, widths=(512, 512))
+    assert both.bytes_on_disk(at_peak=True) == 2 * HARVEST.bytes_on_disk(at_peak=True)
+    more = replace(HARVEST, n_tokens={**HARVEST.n_tokens, "train": 100_001})
+    assert more.bytes_on_disk(at_peak=False) - HARVEST.bytes_on_disk(at_peak=False) == 512 * 4 + 24
+    assert HARVEST.of_at_most(100_001) == HARVEST and HARVEST.of_at_most(5).n_tokens == {**HARVEST.n_tokens, "train": 5}
+
+
+def test_time_and_flops_are_linear_in_tokens():
+    once = phases(JOB)
+    twice = phases(replace(JOB, n_steps=2000, n_rows=20_000, n_lm_tokens=8192, harvest=replace(
+        HARVEST, n_tokens={split: 2 * n for split, n in HARVEST.n_tokens.items()})))
+    assert set(once) == {"harvest", "training", "evaluation"}
+    for name, phase in once.items():
+        assert 0 < phase.seconds < float("inf") and phase.flops > 0
+        assert twice[name].seconds == pytest.approx(2 * phase.seconds), name
+        assert twice[name].flops == pytest.approx(2 * phase.flops), name
+
+
+def test_a_training_step_by_hand():
+    """1,024 tokens: the encoder 4,096 latents each, 40 entries each, 4.2 million parameters, the loop; and AuxK's seven
+    products with 3 % of the latents, at the encoder's rate for as many latents."""
+    expected = 1024 * (4096 * 1e-9 + 40 * 1e-7) + 4_200_000 * 1e-9 + 2e-3 + 7 * 0.03 * 1024 * 4096 * 1e-9
+    assert JOB.step_seconds(RATES) == pytest.approx(expected)
+    slow_disk = replace(RATES, read=1e-6)
+    assert JOB.step_seconds(slow_disk) == pytest.approx(1024 * 512 * 4 * 1e-6)
+
+
+def test_several_devices_share_a_batch_and_not_the_parameters():
+    two = replace(JOB, devices=2, sae=replace(SAE, batch=512, dense=Cost(5 * 10**10, 8 * 10**7)))
+    assert JOB.step_seconds(RATES) / 2 < two.step_seconds(RATES) < JOB.step_seconds(RATES)
+    gpu = replace(MACHINE, device_bytes=80 * GB)
+    assert phases(two, gpu)["training"].device_bytes < phases(JOB, gpu)["training"].device_bytes
+    assert phases(two)["training"].host_bytes > 1.9 * phases(JOB)["training"].host_bytes - 0.2 * GB
+
+
+def test_on_a_gpu_the_model_and_the_sae_are_there():
+    gpu = phases(JOB, replace(MACHINE, device_bytes=80 * GB))
+    for phase in gpu.values():
+        assert phase.device_bytes > GB and phase.host_bytes < phases(JOB)[phase.name].host_bytes + GB
+    assert phases(JOB)["training"].device_bytes == 0
+
+
+def test_jobs_of_a_sweep_share_their_caches_and_one_checkpoint_s_space():
+    def plan(*keys, here=()):
+        return Plan(MACHINE, [Planned(JOB, RATES)] * len(keys), keys, frozenset(here))
+
+    alone, twice, other, done = plan("a"), plan("a", "a"), plan("a", "b"), plan("a", "a", here="a")
+    assert twice.phases()["harvest"] == alone.phases()["harvest"]
+    assert other.phases()["harvest"].seconds == 2 * alone.phases()["harvest"].seconds
+    assert "harvest" not in done.phases()
+    assert twice.phases()["training"].seconds == 2 * alone.phases()["training"].seconds
+    assert twice.phases()["training"].host_bytes == alone.phases()["training"].host_bytes
+    cache = HARVEST.bytes_on_disk(at_peak=True)
+    assert twice.disk_bytes - alone.disk_bytes == SAE.parameter_bytes
+    assert other.disk_bytes - twice.disk_bytes == cache == twice.disk_bytes - done.disk_bytes
+    assert "on the disk already" in text(done) and "on the disk already" not in text(twice)
+
+
+@pytest.mark.parametrize(("machine", "phase", "words"), [
+    ({"free_disk_bytes": GB // 10}, None, "of disk are needed, 95.4 MiB are free"),
+    ({"host_bytes": GB}, "harvest", "of memory, there are 954 MiB"),
+    ({"device_bytes": 2 * GB}, "evaluation", "of device memory, there are 1.86 GiB"),
+])
+def test_what_does_not_fit_is_found(machine, phase, words):
+    plan = Plan(MACHINE, [Planned(JOB, RATES)], ["a"], frozenset())
+    assert plan.shortages() == []
+    shortages = replace(plan, machine=replace(MACHINE, **machine)).shortages()
+    assert words in {shortage.phase: shortage.text for shortage in shortages}[phase]
+
+
+def test_the_mean_l0_of_a_run_is_that_of_its_schedule():
+    assert mean_l0(lambda step: 40.0, 7) == 40
+    assert mean_l0(lambda step: 160 if step < 500 else 40, 1000) == 100
+
+
+def test_numbers_for_people():
+    assert [size(n) for n in (512, 1023 * 1024, 104 * 2**40)] == ["512 B", "1023 KiB", "104 TiB"]
+    assert [duration(s) for s in (3, 600, 90_000 * 3)] == ["3 s", "10.0 min", "3.1 days"]
