@@ -1,0 +1,75 @@
+"""A finished run, opened to be looked into: its record, its SAE, and where its activations come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sae_zoo.config import device_of
+from sae_zoo.records import FINISHED, RECORD, read_record
+from sae_zoo.saes import SAE
+from sae_zoo.saes.io import load_sae
+from sae_zoo.source import Source, open_source
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        record: what it measured, and its folder under ``run_dir``.
+        sae: raw activations in, raw reconstruction out.
+        source: where its activations come from.
+    """
+
+    record: dict[str, Any]
+    sae: SAE
+    source: Source
+
+
+def _finished_record(directory: Path) -> dict[str, Any]:
+    record = read_record(directory)
+    if record is None:
+        raise ValueError(f"{directory} holds no {RECORD}; give the folder of a finished run, e.g. "
+                         "outputs/runs/<sweep>/<job>")
+    if record["status"] != FINISHED:
+        raise ValueError(f"the run in {directory} has not finished ({record['error']}); start it again, or "
+                         "give another")
+    return {**record, "run_dir": str(directory)}
+
+
+def open_runs(directories: Sequence[Path | str], *, progress_bar: bool = False) -> list[Run]:
+    """Runs on the same activations, which they share. As ``sae_zoo.evaluate``, this finds the cache by the config of
+    the (first) run, and harvests it where it is missing.
+
+    Args:
+        directories: ``outputs/runs/<sweep>/<job>`` each.
+
+    Raises:
+        ValueError: if a folder holds no finished run, the runs are of different activations, or theirs are not to be
+            had any more.
+    """
+    records = [_finished_record(Path(directory)) for directory in directories]
+    first = records[0]
+    for record in records[1:]:
+        if record["data_id"] != first["data_id"]:
+            raise ValueError(f"{first['run_dir']} is of the activations {first['data_id']}, {record['run_dir']} of "
+                             f"{record['data_id']}; only runs on the same ones can stand side by side")
+    device = device_of("auto")
+    saes = [load_sae(record["run_dir"]).to(device) for record in records]
+    config = Path(first["run_dir"]) / "config.yaml"
+    try:
+        source = open_source(OmegaConf.load(config), device, progress_bar=progress_bar)
+    except OmegaConfBaseException as error:
+        what = str(error).splitlines()[0]
+        raise ValueError(f"{config} does not say where the activations are ({what}); use the version of sae_zoo that "
+                         "wrote it") from None
+    if source.activations.data_id != first["data_id"]:
+        raise ValueError(f"{first['run_dir']} was trained on {first['data_id']}, but its config gives "
+                         f"{source.activations.data_id} here; the text or the language model has changed since")
+    return [Run(record, sae, source) for record, sae in zip(records, saes, strict=True)]
