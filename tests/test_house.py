@@ -11,16 +11,22 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "functional": set(),
     "training": {"functional"},
-    "saes": {"functional", "training", "records"},
+    "saes": {"functional", "training", "records", "files"},
     "lm": set(),
-    "data": {"lm", "records"},
+    "data": {"lm", "records", "files"},
     "evaluation": {"functional", "lm"},
-    "records": set(),
+    "planning": {"functional", "saes", "lm", "data"},
+    "records": {"files"},
+    "files": set(),
+    "typed": set(),
+    "curves": {"files"},
+    "checkpoints": {"files", "curves"},
     "memory": set(),
 }
 MODULES = {path.relative_to(ROOT): path for room in ("sae_zoo", "analysis") for path in (ROOT / room).rglob("*.py")}
-USE_SAES = {"benchmark", "theory"}  # of analysis: what measures our own code
-KNOW_HYDRA = {"train", "harvest", "evaluate", "pretrain", "config"}
+# Of analysis: what measures our own code, and what looks into SAEs, which no record can hold.
+USE_SAES = {"benchmark", "kills", "theory", "latents", "dashboard"}
+KNOW_HYDRA = {"train", "plan", "harvest", "evaluate", "pretrain", "config"}
 
 
 def imports(path):
