@@ -101,15 +101,17 @@ class _Planner:
         else:
             raise ValueError(f"data.name is {cfg.data.name!r}; choose cache or file")
         devices = _n_devices(cfg.trainer.devices, self.device)
-        sae = build_sae(cfg, d_in=1, input_scale=1.0)  # of which only the schedule is asked
+        with torch.device("meta"):
+            sae = build_sae(cfg, d_in=d_in, input_scale=1.0)  # of which only the schedule is asked
         batch = cfg.recipe.batch_size // devices
         cost = self._once(lambda: sae_cost(lambda: build_sae(cfg, d_in=d_in, input_scale=1.0), batch),
                           "sae", cfg.sae, cfg.recipe, cfg.d_sae, d_in, batch)
         entries = cfg.d_sae if cfg.l0_target is None else mean_l0(sae.l0_in_force, cfg.recipe.n_steps)
         return Job(
             name=f"{cfg.sae.name} at L0 {cfg.l0_target}, seed {cfg.seed}", harvest=harvest, lm=lm, sae=cost,
-            entries=entries, dense=entries >= sae.sparse_below_density * cfg.d_sae, controlled=sae.controlled,
-            n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
+            entries=entries, dense=entries >= sae.sparse_below_density * cfg.d_sae,
+            starts_dense=sae.start_density is None or sae.start_density >= sae.sparse_below_density,
+            controlled=sae.controlled, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
             n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
             n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), n_lm_tokens=cfg.evaluation.n_lm_tokens, devices=devices)
 
@@ -130,7 +132,6 @@ class _Planner:
             of_lm = self._once(lambda: lm_rate(self.model(cfg), self.device, **rows), "lm rate", cfg.lm)
         return Rates(**self._once(of_sae, "rates", cfg.sae, cfg.recipe, d_in, d_sae, batch, mixed), lm_flop=of_lm,
                      **self.disk)
-
 
     def is_here(self, cfg: DictConfig) -> bool:
         """Whether the caches of ``cfg`` are on the disk, as their manifests say; weights have no fingerprint here."""

@@ -103,6 +103,7 @@ class Job:
         sae: of a step on one device.
         entries: latents above 0 on a token, on average over the run.
         dense: whether all steps are.
+        starts_dense: whether the first ones are.
         controlled: whether L0 control ends with a calibration.
         n_steps, validation_every, n_validation_rows: of training.
         n_rows, n_lm_tokens: of the evaluation.
@@ -115,6 +116,7 @@ class Job:
     sae: SAECost
     entries: float
     dense: bool
+    starts_dense: bool
     controlled: bool
     n_steps: int
     validation_every: int
@@ -184,8 +186,9 @@ class Job:
         a_step = sae.dense.flops if self.dense else sae.sparse_flops(entries, DEAD_SHARE)
         batches = _BATCHES_READ_AHEAD * sae.batch * sae.d_in * 4
         shards = 2 * self.harvest.shard_bytes if self.harvest is not None else 0
-        memory = self._memory(machine, host=batches + shards, device=self._lm_bytes()
-                              + sae.peak_bytes(sae.d_sae if self.dense else entries, device=machine.device_type))
+        peak = sae.peak_bytes(sae.d_sae if self.dense else entries, dense=self.dense or self.starts_dense,
+                              device=machine.device_type)
+        memory = self._memory(machine, host=batches + shards, device=self._lm_bytes() + peak)
         return Phase("training", seconds + self.n_steps * self.step_seconds(rates),
                      flops + self.n_steps * a_step * self.devices, *memory)
 

@@ -72,18 +72,22 @@ class SAECost:
         batch = self.batch * self.d_in * 4
         return round(2 * self.parameter_bytes + self.state_bytes + 3 * batch + _BYTES_AN_ENTRY * entries * self.batch)
 
-    def peak_bytes(self, entries: float, *, device: str) -> int:
-        """Memory of training: the larger of a sparse step, with AuxK's gradients where it is on, and of a dense one,
-        which every run begins with: what lives at its peak, the optimiser's state, and on a CPU the holes of the heap.
+    def peak_bytes(self, entries: float, *, dense: bool, device: str) -> int:
+        """Memory of training: of a sparse step, with AuxK's gradients where it is on, or if that is larger of a dense
+        one: what lives at its peak, the optimiser's state, and on a CPU the holes of the heap.
 
         Args:
             entries: active ones a token.
+            dense: whether the run has dense steps.
             device: ``cpu`` or ``cuda``; need not be there.
         """
         auxk = _AUXK_MATRICES * self.d_in * self.d_sae * 4 if self.auxk else 0
+        sparse = self.sparse_bytes(entries) + auxk
+        if not dense:
+            return sparse
         chunk = self._chunk_bytes("cpu")
         more = _CHUNKS_IN_HEAP * chunk if device == "cpu" else _CHUNKS_ALIVE * (self._chunk_bytes(device) - chunk)
-        return max(self.sparse_bytes(entries) + auxk, self.dense.peak_bytes + more + self.state_bytes)
+        return max(sparse, self.dense.peak_bytes + more + self.state_bytes)
 
     def _chunk_bytes(self, device: str) -> int:
         """Pre-activations that exist at once."""

@@ -65,15 +65,15 @@ class LightningSAE(pl.LightningModule):
         """Data-dependent start from raw activations [n, d_in], as far as the recipe has one.
 
         ``b_dec`` starts at the mean; each latent's threshold (or bias) at the quantile of its pre-activations that makes
-        it active on ``l0_start * l0_target / d_sae`` of the tokens (:meth:`at_start`). At such an L0 the tied encoder
-        overshoots severalfold, so it is scaled to the least-squares multiple of its reconstruction.
+        it active on :attr:`start_density` of the tokens. At such an L0 the tied encoder overshoots severalfold, so it is
+        scaled to the least-squares multiple of its reconstruction.
         """
         x = self._normalise(x)
         if self.recipe.b_dec_start == "mean":
             self.b_dec.copy_(x.mean(0))
-        if self.recipe.l0_start is None or self.l0_target is None:
+        if self.start_density is None:
             return
-        rank = max(1, round(min(0.5, self.at_start(self.recipe.l0_start) * self.l0_target / self.d_sae) * len(x)))
+        rank = max(1, round(self.start_density * len(x)))
         centred, x_hat, quantiles = x - self.b_dec, torch.zeros_like(x), x.new_empty(self.d_sae)
         for ids in torch.arange(self.d_sae, device=x.device).split(max(1, _START_CHUNK_ELEMENTS // len(x))):
             pre_acts = centred @ self.W_enc[:, ids]
@@ -82,6 +82,14 @@ class LightningSAE(pl.LightningModule):
         scale = float((x_hat * centred).sum() / x_hat.square().sum())
         self.W_enc.mul_(scale)
         self.start_at(quantiles * scale)
+        self.density.fill_(self.start_density)  # where it is low, the first step need not be dense, with its memory
+
+    @property
+    def start_density(self) -> float | None:
+        """Share of tokens on which each latent is active at a data-dependent start; None where the recipe has none."""
+        if self.recipe.l0_start is None or self.l0_target is None:
+            return None
+        return min(0.5, self.at_start(self.recipe.l0_start) * self.l0_target / self.d_sae)
 
     def at_start(self, factor: float) -> float:
         """``factor``, cut so that ``l0_target`` times it is at most ``d_in``: more latents than dimensions reconstruct
