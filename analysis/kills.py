@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,8 +74,11 @@ def _run_forked(kind: str, folder: Path, kill_after: float | None) -> int:
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
+        except BaseException:
+            traceback.print_exc()  # os._exit would leave no word of it
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(status)
     return _wait(child, kill_after)
 
