@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from sae_zoo.data.cache import DTYPES
 from sae_zoo.data.cache_writer import estimated_bytes
+from sae_zoo.data.online import PASSES_AHEAD, SAMPLE_ROWS
 from sae_zoo.planning.lm import LMCost
 from sae_zoo.planning.machine import Machine, Rates
 from sae_zoo.planning.meter import Cost
@@ -82,6 +83,14 @@ class Harvest:
 
 
 @dataclass(frozen=True)
+class Online:
+    """Training rows straight from the language model: tokens of the text that is read, rows in the shuffle buffer."""
+
+    n_tokens: int
+    buffer_rows: int
+
+
+@dataclass(frozen=True)
 class Phase:
     """Attributes: name, seconds, FLOPs; peak memory of the host and of each device (0 where the CPU is it), bytes."""
 
@@ -98,7 +107,7 @@ class Job:
 
     Attributes:
         name: for people.
-        harvest: None where the activations are a file's.
+        harvest: None where the activations are a file's; of the held-out rows alone where train is on the fly.
         lm: of a batch of rows at the hook point; None where there is no language model.
         sae: of a step on one device.
         entries: latents above 0 on a token, on average over the run.
@@ -108,6 +117,7 @@ class Job:
         n_steps, validation_every, n_validation_rows: of training.
         n_rows, n_lm_tokens: of the evaluation.
         devices: that train together, each on its share of a batch.
+        online: None where training rows are read from a disk.
     """
 
     name: str
@@ -124,6 +134,7 @@ class Job:
     n_rows: int
     n_lm_tokens: int
     devices: int
+    online: Online | None = None
 
     def run_bytes(self) -> int:
         """Disk that the run's folder takes while it trains: checkpoints of parameters and optimiser, and the SAE."""
@@ -178,19 +189,35 @@ class Job:
 
     def _training(self, machine: Machine, rates: Rates) -> Phase:
         """``n_steps`` steps, and looks at the validation rows between them. Memory: the language model, which waits for
-        the evaluation, two shards, the batches that are read ahead, and :meth:`SAECost.peak_bytes`.
+        the evaluation, two shards, the batches that are read ahead, and :meth:`SAECost.peak_bytes`; on the fly, instead
+        of shards, the buffer, the packed tokens and what the language model has read ahead. Its passes are added to the
+        steps: they run beside them, but on the same processors.
         """
         sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.controlled
         seconds, flops = self._encoding(rates, looks * self.n_validation_rows)
         entries = self.entries * rates.selected
         a_step = sae.dense.flops if self.dense else sae.sparse_flops(entries, DEAD_SHARE)
         batches = _BATCHES_READ_AHEAD * sae.batch * sae.d_in * 4
-        shards = 2 * self.harvest.shard_bytes if self.harvest is not None else 0
+        waiting, of_lm, pass_bytes = 2 * self.harvest.shard_bytes if self.harvest is not None else 0, 0.0, 0.0
+        if self.online is not None:
+            waiting, of_lm = self._on_the_fly()
+            pass_bytes = _heap(machine) * self.harvest.cost.peak_bytes
         peak = sae.peak_bytes(sae.d_sae if self.dense else entries, dense=self.dense or self.starts_dense,
                               device=machine.device_type)
-        memory = self._memory(machine, host=batches + shards, device=self._lm_bytes() + peak)
-        return Phase("training", seconds + self.n_steps * self.step_seconds(rates),
-                     flops + self.n_steps * a_step * self.devices, *memory)
+        memory = self._memory(machine, host=batches + waiting, device=self._lm_bytes() + peak + pass_bytes)
+        seconds += self.n_steps * self.step_seconds(rates) + of_lm / self.devices * rates.lm_flop
+        return Phase("training", seconds, flops + self.n_steps * a_step * self.devices + of_lm, *memory)
+
+    def _on_the_fly(self) -> tuple[float, float]:
+        """Host bytes of each process, and the language model's FLOPs: for all rows of the run and a buffer that is only
+        begun, and twice for the rows that the input's scale and the start are taken from.
+        """
+        work, text, sae = self.harvest, self.online, self.sae
+        buffer_rows = min(text.buffer_rows, text.n_tokens)
+        rows = self.n_steps * sae.batch * self.devices + buffer_rows + 2 * min(SAMPLE_ROWS, text.n_tokens)
+        of_a_pass = (work.context_size - 1) * work.batch_size
+        n_bytes = (buffer_rows / self.devices + (PASSES_AHEAD + 1) * of_a_pass) * sae.d_in * DTYPES[work.dtype].itemsize
+        return n_bytes + text.n_tokens * _BYTES_A_PACKED_TOKEN, rows / of_a_pass * work.cost.flops
 
     def _lm_bytes(self) -> int:
         return self.lm.weight_bytes if self.lm is not None else 0
