@@ -119,7 +119,7 @@ def _sweep_name(_root_: DictConfig) -> str:
     experiment = _root_.hydra.runtime.choices.get("experiment")
     if experiment is None and _root_.sweep is not None:
         return _file_name(str(_root_.sweep))
-    parts = [f"{_root_.lm.name}-{_root_.hook.site}.{_root_.hook.layer}" if _root_.data.name == "cache"
+    parts = [f"{_root_.lm.name}-{_root_.hook.site}.{_root_.hook.layer}" if _root_.data.name != "file"
              else Path(_root_.data.path).stem]
     folder = _file_name("-".join([*parts, *_overrides(_root_, of_sweep=True)]))
     if experiment is None:
@@ -181,11 +181,18 @@ def build_lm(cfg: DictConfig, device: torch.device) -> LoadedLM:
 
 
 def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
-    """What ``data/cache.yaml`` and the language model's context size say of a cache."""
+    """What ``data/cache.yaml`` (or ``online.yaml``) and the language model's context size say of a cache."""
     arguments = {k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "name"}
+    if cfg.data.name == "online":  # how its text is read is no fact of a cache
+        check_types({"buffer_rows": int}, {"buffer_rows": arguments.pop("buffer_rows")}, where="data.")
     check_types(types_of(HarvestSpec), arguments, where="data.")
     check_types(types_of(HarvestSpec), {"context_size": cfg.lm.context_size}, where="lm.")
     return HarvestSpec(context_size=cfg.lm.context_size, **arguments)
+
+
+def harvested(cfg: DictConfig) -> DictConfig:
+    """``cfg`` as its caches are made: where training rows are not stored, with one token of them, the least."""
+    return OmegaConf.merge(cfg, {"data": {"n_tokens": {"train": 1}}}) if cfg.data.name == "online" else cfg
 
 
 def build_file_activations(cfg: DictConfig) -> FileActivations:

@@ -20,13 +20,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from sae_zoo.config import build_corpus, build_harvest_spec, build_sae, device_of, run_entry_point
+from sae_zoo.config import build_corpus, build_harvest_spec, build_sae, device_of, harvested, run_entry_point
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
 from sae_zoo.data.module import VALIDATION_ROWS
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
 from sae_zoo.lm.skeleton import load_skeleton, n_bytes
-from sae_zoo.planning.job import Harvest, Job, mean_l0
+from sae_zoo.planning.job import Harvest, Job, Online, mean_l0
 from sae_zoo.planning.lm import LMCost, harvest_cost, hook_widths, lm_cost
 from sae_zoo.planning.machine import (Rates, calibration_size, disk_rates, existing_folder, lm_rate, sae_rates,
                                       this_machine)
@@ -36,7 +36,8 @@ from sae_zoo.records import digest
 
 # Overrides that make a phase smaller, and the least that is advised; each is halved until the phase fits.
 _REMEDIES = {"harvest": {"lm.batch_size": 1, "data.n_tokens.train": 100_000},
-             "training": {"d_sae": 1024, "data.rows_per_shard": 16384, "recipe.batch_size": 256},
+             "training": {"d_sae": 1024, "data.rows_per_shard": 16384, "data.buffer_rows": 16384,
+                          "recipe.batch_size": 256},
              "evaluation": {"lm.batch_size": 1, "d_sae": 1024}}
 
 
@@ -74,7 +75,7 @@ class _Planner:
                           "lm", cfg.lm, hook.name)
 
     def harvest(self, cfg: DictConfig) -> Harvest:
-        model, hooks, spec = self.model(cfg), self.hooks(cfg), build_harvest_spec(cfg)
+        model, hooks, spec = self.model(cfg), self.hooks(cfg), build_harvest_spec(harvested(cfg))
         rows = {"batch_size": cfg.lm.batch_size, "context_size": cfg.lm.context_size}
         cost, widths = self.lm_cost(cfg).to_hook, [self.lm_cost(cfg).d_in]
         if len(hooks) > 1:
@@ -89,17 +90,20 @@ class _Planner:
         Raises:
             ValueError: for whatever is wrong with it.
         """
+        online = None
         if cfg.data.name == "file":
             array = open_array(cfg.data.path)
             harvest, lm, d_in = None, None, array.shape[1]
             held_out = len(array) * cfg.data.heldout_fraction if cfg.data.heldout_path is None else len(
                 open_array(cfg.data.heldout_path))
             n_rows = {"validation": int(held_out / 2), "test": int(held_out / 2)}
-        elif cfg.data.name == "cache":
+        elif cfg.data.name in ("cache", "online"):
             harvest, lm = self.harvest(cfg), self.lm_cost(cfg)
             d_in, n_rows = lm.d_in, harvest.n_tokens
+            if cfg.data.name == "online":
+                online = Online(n_tokens=cfg.data.n_tokens.train, buffer_rows=cfg.data.buffer_rows)
         else:
-            raise ValueError(f"data.name is {cfg.data.name!r}; choose cache or file")
+            raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
         devices = _n_devices(cfg.trainer.devices, self.device)
         with torch.device("meta"):
             sae = build_sae(cfg, d_in=d_in, input_scale=1.0)  # of which only the schedule is asked
@@ -113,7 +117,8 @@ class _Planner:
             starts_dense=sae.start_density is None or sae.start_density >= sae.sparse_below_density,
             controlled=sae.controlled, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
             n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
-            n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), n_lm_tokens=cfg.evaluation.n_lm_tokens, devices=devices)
+            n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), n_lm_tokens=cfg.evaluation.n_lm_tokens, devices=devices,
+            online=online)
 
     def rates(self, cfg: DictConfig, job: Job) -> Rates:
         """This machine's, for the SAE and the language model of ``job``."""
@@ -137,7 +142,7 @@ class _Planner:
         """Whether the caches of ``cfg`` are on the disk, as their manifests say; weights have no fingerprint here."""
         caches = Path(cfg.output_dir) / "cache"
         wanted = {"corpus": build_corpus(cfg.corpus).fingerprint(), "lm_dtype": str(self.model(cfg).dtype),
-                  **asdict(build_harvest_spec(cfg))}
+                  **asdict(build_harvest_spec(harvested(cfg)))}
 
         def found(hook: HookPoint) -> bool:
             names = make_cache_id(lm=cfg.lm.name, hook=hook.name, identity={}).rpartition("-")[0] + f"-*/{MANIFEST}"
@@ -200,11 +205,11 @@ class _Command:
     def _smaller(self, plan: Plan, phase: str) -> str:
         """Overrides that let the phase fit, of the first job whose does not: one alone, or all by as little as fits."""
         cfg = next(cfg for cfg, planned in zip(self.configs, self.planned) if planned.needs_more(plan.machine, phase))
-        least = {**_REMEDIES[phase]}
+        least = {key: value for key, value in _REMEDIES[phase].items() if OmegaConf.select(cfg, key) is not None}
         if "d_sae" in least and cfg.l0_target is not None:
             least["d_sae"] = max(least["d_sae"], cfg.l0_target)
         for together in (*((key,) for key in least), tuple(least)):
-            values = {key: value for key in together if (value := OmegaConf.select(cfg, key)) is not None}
+            values = {key: OmegaConf.select(cfg, key) for key in together}
             while any(value // 2 >= least[key] for key, value in values.items()):
                 values = {key: value // 2 if value // 2 >= least[key] else value for key, value in values.items()}
                 changes = [f"{key}={value}" for key, value in values.items()]

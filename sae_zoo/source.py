@@ -1,4 +1,4 @@
-"""Where a run's activations come from: a cache (harvested if it is missing) with its language model, or a user's file."""
+"""Where a run's activations come from: a cache (harvested if it is missing), the language model, or a user's file."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from sae_zoo.config import build_corpus, build_file_activations, build_harvest_spec, build_lm
+from sae_zoo.config import build_corpus, build_file_activations, build_harvest_spec, build_lm, harvested
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.cache import Cache
 from sae_zoo.data.harvesting import harvest
+from sae_zoo.data.online import OnlineActivations
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
 from sae_zoo.lm.load import LoadedLM
 
@@ -51,10 +52,15 @@ def open_source(cfg: DictConfig, device: torch.device, *, progress_bar: bool) ->
     """
     if cfg.data.name == "file":
         return Source(build_file_activations(cfg.data), None, None)
-    if cfg.data.name != "cache":
-        raise ValueError(f"data.name is {cfg.data.name!r}; choose cache or file")
+    if cfg.data.name not in ("cache", "online"):
+        raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
     lm = build_lm(cfg.lm, device)
     hook = resolve_hook(lm.model, cfg.lm.sites, cfg.hook.layer, cfg.hook.site)
     together = cfg.hook.harvest_together
     along = [] if together is None else hooks_of(cfg, lm, layers=together.layers, sites=together.sites)
-    return Source(harvest_caches(cfg, lm, [hook], along=along, progress_bar=progress_bar)[hook.name], lm, hook)
+    cache = harvest_caches(harvested(cfg), lm, [hook], along=along, progress_bar=progress_bar)[hook.name]
+    if cfg.data.name == "cache":
+        return Source(cache, lm, hook)
+    train = {"buffer_rows": cfg.data.buffer_rows, "batch_size": cfg.lm.batch_size}
+    return Source(OnlineActivations(cache, lm, cfg.lm.name, hook, build_corpus(cfg.corpus), build_harvest_spec(cfg),
+                                    **train), lm, hook)

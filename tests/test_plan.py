@@ -122,6 +122,15 @@ def test_own_activations_need_no_language_model(run, tmp_path):
     assert last_line(printed)["activation_bytes"] == 0
 
 
+def test_on_the_fly_only_held_out_rows_are_stored_and_the_language_model_reads_while_training(run):
+    ways = [], ["data=online", "data.buffer_rows=1024"]
+    cached, online = (last_line(run("--json", *SMALL, *way)[1]) for way in ways)
+    assert online["activation_bytes"] == 4001 * 256 * 4 and online["disk_bytes"] < cached["disk_bytes"]
+    of_lm = cached["phases"]["harvest"]["flops"] / 10_000  # a token
+    extra = online["phases"]["training"]["flops"] - cached["phases"]["training"]["flops"]
+    assert extra == pytest.approx((50 * 256 + 1024 + 2 * 6000) * of_lm, rel=1e-3)
+
+
 BAD = {
     ("sae=banana",): "banana",
     ("hook.layer=6",): "the model has 6 layers, 0 to 5",

@@ -6,6 +6,7 @@ site at a layer. Modules that return tuples count by their first element.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,9 +110,15 @@ def lm_forward(model: nn.Module, tokens: Tensor):
 
 
 def _attach(model: nn.Module, hook: HookPoint, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Show ``see`` every activation [batch, context, d] at ``hook``; what it returns, if anything, takes its place."""
+    """Show ``see`` every activation [batch, context, d] at ``hook``; what it returns, if anything, takes its place.
+
+    Only of forward passes in the thread that asks: another one may read the same model ahead meanwhile.
+    """
+    thread = threading.get_ident()
 
     def substitute(values: tuple) -> tuple | None:
+        if threading.get_ident() != thread:
+            return None
         x = values[0] if values else None
         if not isinstance(x, Tensor) or x.ndim != 3:
             found = f"shape {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -195,6 +197,18 @@ def test_tuple_outputs(model):
             logits.append(lm_forward(model, TOKENS).logits)
     bias = getattr(model.get_submodule(heads.module), "bias", None)
     assert torch.allclose(*logits) == (bias is None)  # zero heads leave W_O's bias; a zero output does not
+
+
+def test_a_hook_is_of_the_thread_that_attached_it(model):
+    """Somebody who reads the model ahead in another thread gets it as it is, and takes nothing from who is here."""
+    hook, other = resolve_hook(model, "auto", 1, "residual"), ThreadPoolExecutor(1)
+    clean = lm_forward(model, TOKENS).logits
+    expected, seen = capture(model, [hook], TOKENS)[hook.name], []
+    with splice(model, hook, lambda x: seen.append(1) or torch.zeros_like(x)):
+        assert torch.equal(other.submit(capture, model, [hook], TOKENS).result()[hook.name], expected)
+        assert torch.equal(other.submit(lm_forward, model, TOKENS).result().logits, clean) and not seen
+        assert not torch.equal(lm_forward(model, TOKENS).logits, clean) and seen
+
 
 
 def test_half_precision_stays_so():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sae_zoo.data.cache_writer import estimated_bytes
-from sae_zoo.planning.job import Harvest, Job, mean_l0
+from sae_zoo.planning.job import Harvest, Job, Online, mean_l0
 from sae_zoo.planning.lm import LMCost
 from sae_zoo.planning.machine import Machine, Rates
 from sae_zoo.planning.meter import Cost
@@ -64,6 +64,20 @@ def test_a_training_step_by_hand():
     assert JOB.step_seconds(RATES) == pytest.approx(expected)
     slow_disk = replace(RATES, read=1e-6)
     assert JOB.step_seconds(slow_disk) == pytest.approx(1024 * 512 * 4 * 1e-6)
+
+
+def test_training_rows_on_the_fly_by_hand():
+    """The language model reads those of the run, a buffer that is only begun, and twice a sample of 32,768."""
+    held_out = replace(HARVEST, n_tokens={**HARVEST.n_tokens, "train": 1})
+    text = Online(n_tokens=500_000, buffer_rows=65536)
+    cached, online = (phases(replace(JOB, harvest=held_out, online=way))["training"] for way in (None, text))
+    flops = (1000 * 1024 + 65536 + 2 * 32768) / (127 * 8) * 10**11
+    assert online.flops - cached.flops == pytest.approx(flops)
+    assert online.seconds - cached.seconds == pytest.approx(flops * 1e-11)
+    shards = 2 * 10_000 * 512 * 4  # of the held-out rows: these, too, are no larger
+    memory = (65536 + 3 * 127 * 8) * 512 * 4 + 500_000 * 12 + 2.5 * 10**8
+    assert online.host_bytes - cached.host_bytes == pytest.approx(memory - shards)
+    assert phases(replace(JOB, harvest=held_out, online=text))["harvest"].seconds < phases(JOB)["harvest"].seconds / 5
 
 
 def test_several_devices_share_a_batch_and_not_the_parameters():
