@@ -67,47 +67,23 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-class _Stopped(BaseException):
+class Stopped(BaseException):
     """Training was asked to stop; not a KeyboardInterrupt, which Lightning turns into an exit status of its own."""
 
 
-class Checkpoints(Checkpoint):
-    """Saves every so many steps and at the end, keeps the last two, and on Ctrl-C saves and stops.
+class Interrupts:
+    """Ctrl-C while SAEs train: once asks them to stop after the step, twice stops at once.
 
-    Args:
-        folder: where they are, named by the number of steps taken.
-        every: steps between two of them.
-        curves: what is to be there, whole, whenever a checkpoint is.
-
-    Raises:
-        ValueError: if ``every`` is below 1.
+    Attributes:
+        count: how often it came.
     """
 
-    def __init__(self, folder: Path, *, every: int, curves: Curves):
-        if every < 1:
-            raise ValueError(f"checkpoint_every is {every}; it must be at least 1")
-        self.folder, self.every, self.curves = folder, every, curves
-        self._saved_at = 0
-        self._random_state: dict[str, Any] | None = None  # to go on with
-        self._asked_to_stop = False
-
-    def fit(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule,
-            checkpoint: Path | None) -> None:
-        """``trainer.fit`` from ``checkpoint``, or from the start.
-
-        Raises:
-            KeyboardInterrupt: on Ctrl-C, after the step that is running and with a checkpoint; on a second one at once.
-        """
-        with self._on_interrupt():
-            try:
-                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-                if self._asked_to_stop:
-                    raise _Stopped
-            except _Stopped:
-                raise KeyboardInterrupt(f"interrupted after step {self._saved_at}") from None
+    def __init__(self):
+        self.count = 0
 
     @contextmanager
-    def _on_interrupt(self) -> Iterator[None]:
+    def handled(self) -> Iterator[None]:
+        """Take what Ctrl-C does from Python, which would raise in the middle of a step."""
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are the main thread's
             return
@@ -118,10 +94,47 @@ class Checkpoints(Checkpoint):
             signal.signal(signal.SIGINT, before)
 
     def _interrupted(self, *_: Any) -> None:
-        if self._asked_to_stop:
-            raise _Stopped
-        self._asked_to_stop = True
+        self.count += 1
+        if self.count > 1:
+            raise Stopped
         os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # logging is not for signal handlers
+
+
+class Checkpoints(Checkpoint):
+    """Saves every so many steps and at the end, keeps the last two, and on Ctrl-C saves and stops.
+
+    Args:
+        folder: where they are, named by the number of steps taken.
+        every: steps between two of them.
+        curves: what is to be there, whole, whenever a checkpoint is.
+        interrupts: what SAEs that train together share.
+
+    Raises:
+        ValueError: if ``every`` is below 1.
+    """
+
+    def __init__(self, folder: Path, *, every: int, curves: Curves, interrupts: Interrupts | None = None):
+        if every < 1:
+            raise ValueError(f"checkpoint_every is {every}; it must be at least 1")
+        self.folder, self.every, self.curves = folder, every, curves
+        self._saved_at = 0
+        self._random_state: dict[str, Any] | None = None  # to go on with
+        self._interrupts = Interrupts() if interrupts is None else interrupts
+
+    def fit(self, trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule,
+            checkpoint: Path | None) -> None:
+        """``trainer.fit`` from ``checkpoint``, or from the start.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C, after the step that is running and with a checkpoint; on a second one at once.
+        """
+        with self._interrupts.handled():
+            try:
+                trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+                if self._interrupts.count:
+                    raise Stopped
+            except Stopped:
+                raise KeyboardInterrupt(f"interrupted after step {self._saved_at}") from None
 
     # Lightning's hooks.
 
@@ -141,11 +154,11 @@ class Checkpoints(Checkpoint):
             self._random_state = None
         # Lightning counts steps once more for its loggers, and after a restart from here is one ahead.
         trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-        stop = trainer.strategy.reduce_boolean_decision(self._asked_to_stop, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(self._interrupts.count > 0, all=False)
         if stop or trainer.global_step % self.every == 0:
             self._save(trainer)
         if stop:
-            raise _Stopped
+            raise Stopped
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         self._save(trainer)

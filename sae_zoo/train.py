@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,10 +24,10 @@ from pytorch_lightning.utilities import rank_zero_only
 from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.config import build_sae, check_settings, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.curves import Curves
-from sae_zoo.data.module import ActivationData
 from sae_zoo.evaluation.suite import held_out_rows, score_attribution, score_in_lm, score_sae
 from sae_zoo.files import locked, replacing, write_text
 from sae_zoo.memory import give_back_freed_memory
+from sae_zoo.one_stream import current
 from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
 from sae_zoo.saes.io import save_sae
@@ -64,7 +63,8 @@ def _loggers(cfg: DictConfig, run_dir: Path, curves: Curves) -> list:
         from pytorch_lightning.loggers import WandbLogger  # only where it was asked for
 
         loggers.append(WandbLogger(project=cfg.logger.project, name=run_dir.name, group=run_dir.parent.name,
-                                   save_dir=run_dir, config=OmegaConf.to_container(cfg, resolve=True)))
+                                   save_dir=run_dir, config=OmegaConf.to_container(cfg, resolve=True),
+                                   reinit="create_new"))  # a run for each job of a sweep
     elif cfg.logger.name != "csv":
         raise ValueError(f"logger.name is {cfg.logger.name!r}; choose csv or wandb")
     return loggers
@@ -72,12 +72,13 @@ def _loggers(cfg: DictConfig, run_dir: Path, curves: Curves) -> list:
 
 def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[pl.Callback] = ()) -> SAE:
     """Train the SAE of ``cfg`` on ``source``, from the last checkpoint in ``run_dir`` if there is one."""
-    activations = source.activations
+    activations, place = source.activations, current()
     sae = build_sae(cfg, d_in=activations.d_in, input_scale=activations.mean_squared_norm**0.5)
-    data = ActivationData(activations, batch_size=sae.recipe.batch_size, n_steps=sae.recipe.n_steps, seed=cfg.seed)
+    data = place.data(activations, batch_size=sae.recipe.batch_size, n_steps=sae.recipe.n_steps, seed=cfg.seed)
     trainer_cfg = cfg.trainer
     curves = Curves(run_dir / "metrics.csv")
-    checkpoints = Checkpoints(run_dir / "checkpoints", every=trainer_cfg.checkpoint_every, curves=curves)
+    checkpoints = Checkpoints(run_dir / "checkpoints", every=trainer_cfg.checkpoint_every, curves=curves,
+                              interrupts=place.interrupts)
     checkpoint = newest_checkpoint(checkpoints.folder)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
@@ -86,17 +87,22 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         sae.initialise(activations.rows("train", 0, n_rows))
         give_back_freed_memory()
     callbacks = [*callbacks, checkpoints]
-    if trainer_cfg.progress_bar:
+    progress_bar = trainer_cfg.progress_bar and place.leads  # SAEs on one stream all stand at the same step
+    if progress_bar:
         callbacks.append(_ProgressBar(refresh_rate=20))
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
         precision=trainer_cfg.precision,
         logger=_loggers(cfg, run_dir, curves), log_every_n_steps=trainer_cfg.log_every_n_steps,
         val_check_interval=min(trainer_cfg.validation_every, sae.recipe.n_steps), num_sanity_val_steps=0,
-        default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=trainer_cfg.progress_bar,
+        default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=progress_bar,
         enable_model_summary=False, use_distributed_sampler=False, plugins=[CheckpointFiles()],
     )
-    checkpoints.fit(trainer, sae, data, checkpoint)
+    try:
+        checkpoints.fit(trainer, sae, data, checkpoint)
+    finally:
+        if cfg.logger.name == "wandb":
+            trainer.loggers[-1].experiment.finish()
     sae.eval().requires_grad_(False).to(device_of(trainer_cfg.accelerator))
     if (share := sae.calibrate(data.validation_rows())) != 0:
         log.info("thresholds moved by %+.1f %% to meet l0_target on validation rows", 100 * share)
@@ -125,7 +131,7 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
 def _identity(cfg: DictConfig) -> dict[str, Any]:
     """What a record says of a run before anything was measured."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    with_lm = cfg.data.name == "cache"
+    with_lm = cfg.data.name != "file"
     return {
         "status": FAILED, "error": "interrupted", "variant": cfg.sae.variant, "label": cfg.sae.name, "l0_target": cfg.l0_target,
         "sparsity_coefficient": cfg.sae.get("sparsity_coefficient"), "seed": cfg.seed,
@@ -167,17 +173,19 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
         return old
     if leader:
         write_text(config_file, OmegaConf.to_yaml(cfg, resolve=True))
-    started = time.time()
+    place = current()
+    started = place.clock()
     try:
         check_settings(cfg)
         build_sae(cfg, d_in=1, input_scale=1.0)  # a mistake in the config is said before the harvest, not after it
-        source = open_source(cfg, device_of(cfg.trainer.accelerator), progress_bar=cfg.trainer.progress_bar)
+        device, show = device_of(cfg.trainer.accelerator), cfg.trainer.progress_bar
+        source = place.open(lambda: open_source(cfg, device, progress_bar=show))
         record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
-        fit_started = time.time()
+        fit_started = place.clock()
         sae = fit(cfg, source, run_dir)
         if not leader:
             return record
-        record["seconds_training"] = round(time.time() - fit_started, 1)
+        record["seconds_training"] = round(place.clock() - fit_started, 1)
         metrics = evaluate_sae(cfg, sae, source, run_dir)
         record |= metrics
         record["coefficient"] = sae.coefficient if sae.has_coefficient else None
@@ -190,10 +198,10 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
         record["l0_missed"] = missed
         keys = ("lm", "hook", "cache_id", "l0_target", "l0", "fvu", "seed", "config_hash")
         save_sae(sae, run_dir, about={key: record[key] for key in keys})
-        record |= {"status": FINISHED, "error": None, "seconds": round(time.time() - started, 1)}
+        record |= {"status": FINISHED, "error": None, "seconds": round(place.clock() - started, 1)}
     except Exception as error:
         record |= {"error": one_line(error), "traceback": traceback.format_exc(),
-                   "seconds": round(time.time() - started, 1)}
+                   "seconds": round(place.clock() - started, 1)}
         raise
     finally:
         if leader:

@@ -222,9 +222,10 @@ def test_a_damaged_cache_is_said(run, root, damage):
 def test_wandb_offline(run, root, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    status, printed = run("sweep=wandb", "sae=topk", "l0_target=10", "logger=wandb")
+    status, printed = run("-m", "sweep=wandb", "sae=topk", "l0_target=10,11", "logger=wandb")
     assert status == 0, printed
-    assert list((root / "runs/wandb/topk-l0_10-seed_0").glob("wandb/offline-run-*/*.wandb"))
+    for target in (10, 11):  # each job has a run of its own
+        assert list((root / f"runs/wandb/topk-l0_{target}-seed_0").glob("wandb/offline-run-*/*.wandb"))
 
 
 def test_wandb_is_not_imported_otherwise():
