@@ -35,6 +35,7 @@ class JumpReLUSAE(SAE):
     """
 
     variant = "jumprelu"
+    lr_l0_multiple = 1.0
 
     def __init__(self, *, sparsity_loss: str = "l0", penalty: str = "l0", kernel: str = "rectangle",
                  bandwidth: float = 0.001, initial_threshold: float = 0.001, threshold_as: str = "log",
@@ -79,12 +80,6 @@ class JumpReLUSAE(SAE):
             self.threshold_parameter.add_(share)
         else:
             self.threshold_parameter.mul_(math.exp(share))
-
-    def lr_factor(self, step: int) -> float:
-        lr_l0 = self.recipe.lr_l0
-        if lr_l0 is None or self.l0_target is None:
-            return self.schedule(step)
-        return self.schedule(step) * min(1.0, lr_l0 / self.l0_in_force(step))
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -36,6 +36,7 @@ class LightningSAE(pl.LightningModule):
     """
 
     has_coefficient: ClassVar[bool] = True  # False where the equation fixes L0
+    lr_l0_multiple: ClassVar[float | None] = None  # of recipe.lr_l0, above which rates fall; None where they do not
 
     def __init__(self, *, d_sae: int, recipe: Recipe | None, l0_target: float | None,
                  sparsity_coefficient: float | None, initial_coefficient: float):
@@ -153,8 +154,10 @@ class LightningSAE(pl.LightningModule):
                          start_factor=recipe.lr_start_factor, decay_fraction=recipe.lr_decay_fraction)
 
     def lr_factor(self, step: int) -> float:
-        """Share of their peak that all other rates have at ``step``."""
-        return self.schedule(step)
+        """Share of their peak that all other rates have at ``step``; above an L0 it falls in proportion."""
+        if self.lr_l0_multiple is None or self.recipe.lr_l0 is None or self.l0_target is None:
+            return self.schedule(step)
+        return self.schedule(step) * min(1.0, self.lr_l0_multiple * self.recipe.lr_l0 / self.l0_in_force(step))
 
     def l0_in_force(self, step: int) -> float:
         """The L0 that control aims at in ``step``, which falls to ``l0_target``; where the equation fixes L0, that."""

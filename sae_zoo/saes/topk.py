@@ -30,6 +30,7 @@ class TopKSAE(SAE):
 
     variant = "topk"
     has_coefficient = False
+    lr_l0_multiple = 1.5  # it bears more: nobody falls below a threshold for good
 
     def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, recall: float = 1.0,
                  l0_target: float | None = None, **common: Any):

@@ -50,6 +50,14 @@ def test_the_target_starts_with_no_more_latents_than_dimensions():
         assert sae.l0_in_force(0) == first and sae.l0_in_force(50) == 2
 
 
+@pytest.mark.parametrize("variant, target, factor", [
+    ("jumprelu", 5, 1.0), ("jumprelu", 20, 0.5), ("topk", 15, 1.0), ("topk", 20, 0.75), ("relu", 20, 1.0), ("gated", 20, 1.0)])
+def test_rates_fall_above_an_l0(variant, target, factor):
+    sae, _ = make(variant, d_in=20, d_sae=30, l0_target=target, recipe=recipe(lr_l0=10))
+    assert sae.lr_factor(50) == pytest.approx(factor) and sae.schedule(50) == 1
+    assert make(variant, d_in=20, d_sae=30, l0_target=target)[0].lr_factor(50) == 1
+
+
 def test_relu_l1_and_decoder_norm_weighted():
     for form in ("l1", "norm_weighted"):
         sae, x = make("relu", sparsity_coefficient=0.7, form=form)
