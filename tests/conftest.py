@@ -1,12 +1,15 @@
+import logging
 import os
 import shutil
 import subprocess
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors of most tests are tiny
 
@@ -14,6 +17,27 @@ torch.set_num_threads(1)  # the tensors of most tests are tiny
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def enter(monkeypatch, capfd):
+    """Runs an entry point's ``main`` in this process as a command line would; returns (exit status, stdout, stderr)."""
+
+    def call(module, *arguments):
+        from sae_zoo import train
+
+        GlobalHydra.instance().clear()
+        train._swept.clear()
+        logging.getLogger().handlers.clear()
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capfd.readouterr()
+
+    return call
 
 
 @pytest.fixture

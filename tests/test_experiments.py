@@ -3,10 +3,8 @@
 import copy
 import itertools
 import json
-import logging
 import math
 import re
-import sys
 from collections import defaultdict
 from functools import cache
 
@@ -210,27 +208,22 @@ def test_claims_know_the_arms_of_activation_penalty_and_ste(findings):
 # The real thing.
 
 
-def run(monkeypatch, capfd, *overrides):
-    GlobalHydra.instance().clear()
-    train._swept.clear()
-    logging.getLogger().handlers.clear()
-    monkeypatch.setattr(sys, "argv", ["train", *overrides])
-    status = 0
-    try:
-        train.main()
-    except SystemExit as stop:
-        status = stop.code
-    captured = capfd.readouterr()
-    return status, captured.out + captured.err
+@pytest.fixture
+def run(enter):
+    def call(*overrides):
+        status, out, err = enter(train, *overrides)
+        return status, out + err
+
+    return call
 
 
-def test_one_command_sweeps_several_hook_points_in_one_pass(tmp_path, monkeypatch, capfd):
+def test_one_command_sweeps_several_hook_points_in_one_pass(run, tmp_path):
     command = ["experiment=bandwidth", "seed=0", "l0_target=10", "sae.bandwidth=0.02",
                "hook={site:residual,layer:3},{site:mlp,layer:1}",
                "hook.harvest_together={layers: [1, 3], sites: [residual, mlp]}", f"output_dir={tmp_path}", "d_sae=128",
                "data.n_tokens={train: 3000, validation: 500, test: 500}", "recipe.n_steps=10", "recipe.batch_size=64",
                "evaluation.n_lm_tokens=256", "trainer.progress_bar=false"]
-    status, printed = run(monkeypatch, capfd, *command)
+    status, printed = run(*command)
     assert status == 0, printed
     folders = sorted(path.parents[1] for path in (tmp_path / "runs/bandwidth").glob(f"*/*/{RECORD}"))
     assert [folder.name.split("-")[1] for folder in folders] == ["mlp.1", "residual.3"]
@@ -243,11 +236,11 @@ def test_one_command_sweeps_several_hook_points_in_one_pass(tmp_path, monkeypatc
     assert printed.count("harvesting") == 1 and "harvesting residual.3, residual.1, mlp.1, mlp.3 of" in printed
     caches = [open_cache(path.parent) for path in (tmp_path / "cache").glob("*/manifest.json")]
     assert {cache.cache_id.split("-")[1] for cache in caches} == {"residual.1", "residual.3", "mlp.1", "mlp.3"}
-    status, printed = run(monkeypatch, capfd, *command)
+    status, printed = run(*command)
     assert status == 0 and printed.count("is finished; skipped") == 2 and "harvesting" not in printed
 
 
-def test_an_experiment_that_is_not_there_is_one_line(monkeypatch, capfd):
-    status, printed = run(monkeypatch, capfd, "experiment=banana")
+def test_an_experiment_that_is_not_there_is_one_line(run):
+    status, printed = run("experiment=banana")
     (line,) = [line for line in printed.splitlines() if line.startswith("sae_zoo.train: error: ")]
     assert status == 2 and "experiment/banana" in line and "frontier" in line and "Traceback" not in printed

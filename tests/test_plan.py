@@ -1,12 +1,9 @@
 """``python -m sae_zoo.plan`` as a user runs it, in process, beside the run that it speaks of."""
 
 import json
-import logging
-import sys
 from dataclasses import replace
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from sae_zoo import plan, train
 from sae_zoo.data.cache import open_cache
@@ -17,21 +14,11 @@ SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "d_sae=512
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
+def run(tmp_path, enter):
     """Runs an entry point with overrides; returns (exit status, stdout, stderr)."""
 
     def call(*arguments, module=plan):
-        GlobalHydra.instance().clear()
-        train._swept.clear()
-        logging.getLogger().handlers.clear()
-        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments, f"output_dir={tmp_path / 'outputs'}"])
-        status = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capfd.readouterr()
-        return status, captured.out, captured.err
+        return enter(module, *arguments, f"output_dir={tmp_path / 'outputs'}")
 
     return call
 

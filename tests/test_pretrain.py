@@ -1,13 +1,10 @@
 """Pretraining through its entry point: a tiny model with dropout, so that the random state has to survive too."""
 
-import logging
 import os
 import random
 import signal
-import sys
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from sae_zoo import pretrain
 from sae_zoo.lm.load import load_lm
@@ -25,23 +22,15 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture
-def run(text, monkeypatch, capfd):
+def run(text, enter, monkeypatch):
     def call(folder, *overrides):
-        GlobalHydra.instance().clear()
-        logging.getLogger().handlers.clear()
         monkeypatch.chdir(folder)  # so that no path differs
-        monkeypatch.setattr(sys, "argv", [
-            "pretrain", "corpus=text_files", f"corpus.paths={text}", "vocab_size=270", "context_size=32", "batch_size=4",
+        status, out, err = enter(
+            pretrain, "corpus=text_files", f"corpus.paths={text}", "vocab_size=270", "context_size=32", "batch_size=4",
             "n_steps=40", "checkpoint_every=10", "warmup_steps=5", "precision=32-true", "progress_bar=false", "name=tiny",
-            "output_dir=out", "~architecture", ARCHITECTURE, *overrides])
-        status = 0
-        try:
-            pretrain.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capfd.readouterr()
-        assert "Traceback" not in captured.err
-        return status, captured.out + captured.err
+            "output_dir=out", "~architecture", ARCHITECTURE, *overrides)
+        assert "Traceback" not in err
+        return status, out + err
 
     return call
 

@@ -1,7 +1,6 @@
 """The entry points as a user runs them, in process: real built-in language model, real harvest, short training."""
 
 import json
-import logging
 import re
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 
 from sae_zoo import evaluate, harvest, load_sae, train
 from sae_zoo.config import CONFIG_DIR
@@ -29,22 +27,13 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture
-def run(root, monkeypatch, capfd):
+def run(root, enter):
     """Runs an entry point with overrides; returns (exit status, everything it printed)."""
 
     def call(*overrides, module=train, small=True):
-        GlobalHydra.instance().clear()
-        train._swept.clear()
-        logging.getLogger().handlers.clear()
         where = [] if module is evaluate else [f"output_dir={root}"]
-        monkeypatch.setattr(sys, "argv", [module.__name__, *overrides, *where, *(SMALL if small else [])])
-        status = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capfd.readouterr()
-        return status, captured.out + captured.err
+        status, out, err = enter(module, *overrides, *where, *(SMALL if small else []))
+        return status, out + err
 
     return call
 

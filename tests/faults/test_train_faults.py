@@ -1,6 +1,5 @@
 """What can go wrong under a training run, through its entry point: one clear line, nothing finished lost."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 
 from sae_zoo import train
 from sae_zoo.records import read_record
@@ -28,21 +26,12 @@ def acts(tmp_path_factory):
 
 
 @pytest.fixture
-def run(acts, monkeypatch, capfd):
+def run(acts, enter):
     """Trains with overrides below an ``output_dir``; returns (exit status, lines of the error, everything printed)."""
 
     def call(output_dir, *overrides):
-        GlobalHydra.instance().clear()
-        train._swept.clear()
-        logging.getLogger().handlers.clear()
-        monkeypatch.setattr(sys, "argv", ["train", *overrides, *arguments(acts, output_dir)])
-        status = 0
-        try:
-            train.main()
-        except SystemExit as stop:
-            status = stop.code
-        captured = capfd.readouterr()
-        printed = captured.out + captured.err
+        status, out, err = enter(train, *overrides, *arguments(acts, output_dir))
+        printed = out + err
         assert "Traceback" not in printed
         return status, [line for line in printed.splitlines() if line.startswith("sae_zoo.train: ")], printed
 
