@@ -6,7 +6,8 @@ Reads nothing but run records, and writes ``frontier.csv`` (one row a run), ``fr
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,14 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
+    @contextmanager
+    def mistakes(self) -> Iterator[None]:
+        """Takes what the work itself finds wrong, a ValueError or OSError, for a mistake of the user's."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(" ".join(str(error).split()))
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one line on stderr and exit status 2."""
@@ -258,10 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a run or a sweep, e.g. outputs/runs/<sweep>")
     parser.add_argument("--output", metavar="DIR", help="folder for the files; by default the first DIR")
     parsed = parser.parse_args(arguments)
-    try:
+    with parser.mistakes():
         result = draw_frontier(parsed.directories, parsed.output)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(result.text)
     print(f"\n{result.png}")
 

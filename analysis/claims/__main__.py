@@ -20,11 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a run or a sweep, e.g. outputs/runs/<sweep>")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parsed = parser.parse_args(arguments)
-    try:
+    with parser.mistakes():
         evidence = Evidence(parsed.directories)
         findings = judge(evidence)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(format_table(findings))
     print()
     print(format_notes(findings, evidence))

@@ -25,14 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         "are shown with their text, evenly from all frequencies; 1 kB each (default: %(default)s)")
     parsed = parser.parse_args(arguments)
     output = parsed.output or Path(parsed.runs[0]) / "dashboard.html"
-    try:
+    with parser.mistakes():
         if not output.parent.is_dir():  # known now, not after minutes
             raise ValueError(f"--output is {output}, but {output.parent} is no folder; make it first")
         runs = open_runs(parsed.runs, progress_bar=sys.stderr.isatty())
         page = render(gather(runs, n_latents=parsed.latents, progress_bar=sys.stderr.isatty()))
         output.write_text(page)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(f"{output}  ({len(page) / 1e6:.1f} MB)")
 
 

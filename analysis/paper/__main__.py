@@ -14,10 +14,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("directories", nargs="+", metavar="SWEEP", help="a run or a sweep, e.g. outputs/runs/<sweep>")
     parser.add_argument("--output", metavar="DIR", help="folder for the figures; by default the first SWEEP")
     parsed = parser.parse_args(arguments)
-    try:
+    with parser.mistakes():
         result = draw_paper(parsed.directories, parsed.output)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     print(result.text)
 
 

@@ -1,13 +1,10 @@
 """Training rows straight from the language model, beside the cache that holds the same ones."""
 
-import logging
-import sys
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from scipy.optimize import linear_sum_assignment
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
@@ -227,29 +224,26 @@ RUN = ["data=online", "data.n_tokens={train: 4000, validation: 1000, test: 1000}
        "trainer.progress_bar=false", "trainer.checkpoint_every=10", "trainer.validation_every=10"]
 
 
-def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, monkeypatch, capfd):
+def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, enter, monkeypatch):
     """The entry point as a user runs it, with the built-in language model: whole, and broken off within a block."""
     honest = TopKSAE.loss
 
     def run(name):
-        GlobalHydra.instance().clear()
-        logging.getLogger().handlers.clear()
-        monkeypatch.setattr(sys, "argv", ["train", *RUN, f"output_dir={tmp_path}", f"sweep={name}"])
-        train.main()
-        return tmp_path / "runs" / name / "topk-l0_10-seed_0"
+        status, *printed = enter(train, *RUN, f"output_dir={tmp_path}", f"sweep={name}")
+        assert status == 0
+        return tmp_path / "runs" / name / "topk-l0_10-seed_0", "".join(printed)
 
     def dies(self, x, **kwargs):
         if self.global_step == 27:
             raise RuntimeError("power cut")
         return honest(self, x, **kwargs)
 
-    whole = run("whole")
+    whole, _ = run("whole")
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
         patch.setattr(TopKSAE, "loss", dies)
         run("cut")
-    capfd.readouterr()
-    cut = run("cut")
-    assert "going on from" in "".join(capfd.readouterr())
+    cut, printed = run("cut")
+    assert "going on from" in printed
     for (name, a), b in zip(load_sae(whole).named_parameters(), load_sae(cut).parameters(), strict=True):
         assert torch.equal(a, b), name
     records = [read_record(folder) for folder in (whole, cut)]
