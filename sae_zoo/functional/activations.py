@@ -20,6 +20,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sae_zoo.functional import workspace
+
 # Kernels by name: (K(u), half-width of the support in units of the bandwidth). Rectangle is the paper's; the others are
 # named in its appendix. The Gaussian is cut where it has fallen below 4e-4 of its peak. K may overwrite u.
 _SQRT_2PI = math.sqrt(2 * math.pi)
@@ -49,11 +51,18 @@ def kernel_half_width(kernel: str, bandwidth: float) -> float:
 def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float, kernel: str) -> Tensor:
     """(1 / eps) K((z - theta) / eps), in float32."""
     # In place as far as it goes: with hundreds of thousands of entries every temporary shows in the peak of memory.
-    return KERNELS[kernel][0]((pre_acts.float() - threshold.float()).div_(bandwidth)).div_(bandwidth)
+    distance = torch.sub(pre_acts.float(), threshold.float(), out=workspace.empty(*pre_acts.shape, like=threshold.float()))
+    return KERNELS[kernel][0](distance.div_(bandwidth)).div_(bandwidth)
 
 
 def _of_entries(threshold: Tensor, ids: Tensor | None) -> Tensor:
-    return threshold if ids is None else threshold.index_select(0, ids)
+    if ids is None:
+        return threshold
+    return torch.index_select(threshold, 0, ids, out=workspace.empty(len(ids), like=threshold))
+
+
+def _times(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.mul(values, mask, out=workspace.empty(*values.shape, like=values))
 
 
 def _of_thresholds(d_entries: Tensor, threshold: Tensor, ids: Tensor | None) -> Tensor:
@@ -70,13 +79,13 @@ class _JumpReLU(torch.autograd.Function):
     def forward(ctx, pre_acts, threshold, ids, bandwidth, kernel, ste_into_pre_acts):
         ctx.save_for_backward(pre_acts, threshold, ids)
         ctx.bandwidth, ctx.kernel, ctx.ste_into_pre_acts = bandwidth, kernel, ste_into_pre_acts
-        return pre_acts * (pre_acts > _of_entries(threshold, ids))
+        return _times(pre_acts, pre_acts > _of_entries(threshold, ids))
 
     @staticmethod
     def backward(ctx, grad):
         pre_acts, threshold, ids = ctx.saved_tensors
         edges = _of_entries(threshold, ids)
-        d_pre = grad * (pre_acts > edges)
+        d_pre = _times(grad, pre_acts > edges)
         d_edges = _window(pre_acts, edges, ctx.bandwidth, ctx.kernel).mul_(edges.float()).mul_(grad.float())
         if ctx.ste_into_pre_acts:
             d_pre += d_edges.to(grad.dtype)

@@ -261,8 +261,8 @@ class SAE(LightningSAE, ABC):
             fired = firing.any(0)
             n_selected = self.selection(training=True).mask(step.pre_acts).sum()
         else:
-            fired = torch.zeros(self.d_sae, dtype=torch.bool, device=firing.device)
-            fired[step.active.latent_ids[firing].long()] = True
+            total = step.latents.new_zeros(self.d_sae).index_add_(0, step.active.latent_ids, step.latents)
+            fired = total > 0  # nothing is negative
             n_selected = torch.tensor(len(firing), device=firing.device)
         return Counts(fired, firing.sum(), n_selected, len(step.target))
 
