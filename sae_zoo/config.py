@@ -34,8 +34,8 @@ CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.par
 
 # What does not change a run's numbers, and so is neither hashed nor named.
 _WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps",
-                   "trainer.accelerator", "trainer.devices", "trainer.checkpoint_every",  # but for rounding
-                   "hook.harvest_together", "matched")  # of an experiment: its values stand where they are used
+                   "trainer.accelerator", "trainer.devices", "trainer.num_nodes",  # but for rounding
+                   "trainer.checkpoint_every", "hook.harvest_together", "matched")  # of an experiment: its values stand where they are used
 # Overrides whose values the names of sweep and job spell out themselves.
 _SPELLED_OUT = ("experiment", "sae", "lm", "hook", "hook.layer", "hook.site", "l0_target", "seed")
 # Overrides that make runs incomparable: they name the sweep, all others the job.
@@ -43,8 +43,8 @@ _OF_SWEEP = ("recipe", "recipe.n_steps", "recipe.batch_size", "d_sae")
 _GROUPS_OF_SWEEP = ("corpus", "data", "lm", "evaluation")
 # Types of what in a train.yaml is used as it stands, and not handed to a constructor.
 _SETTINGS = {
-    "trainer": {"accelerator": str, "devices": int | str | list[int], "precision": str | int, "log_every_n_steps": int,
-                "validation_every": int, "checkpoint_every": int, "progress_bar": bool},
+    "trainer": {"accelerator": str, "devices": int | str | list[int], "num_nodes": int, "precision": str | int,
+                "log_every_n_steps": int, "validation_every": int, "checkpoint_every": int, "progress_bar": bool},
     "evaluation": {"n_rows": int, "n_lm_tokens": int},
 }
 
@@ -60,15 +60,20 @@ def compose_config(entry_point: str, overrides: Sequence[str]) -> DictConfig:
         return hydra.compose(entry_point, list(overrides))
 
 
+def prepare_process() -> None:
+    """What every process of ours does first."""
+    keep_freed_memory()
+    # Lightning's advice and its own use of torch's internals: of no use to somebody who trains an SAE.
+    warnings.filterwarnings("ignore", module="pytorch_lightning")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
 def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> None:
     """Run ``task`` under Hydra; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130.
 
     With HYDRA_FULL_ERROR=1 in the environment the whole traceback is shown instead.
     """
-    keep_freed_memory()
-    # Lightning's advice and its own use of torch's internals: of no use to somebody who trains an SAE.
-    warnings.filterwarnings("ignore", module="pytorch_lightning")
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    prepare_process()
     as_found = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of printing them over many lines
     try:

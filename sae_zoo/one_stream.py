@@ -41,6 +41,9 @@ def stream_key(cfg: DictConfig) -> str:
     """
     if "recipe" not in cfg or "l0_target" not in cfg:
         raise ValueError("hydra/launcher is one_stream, which trains SAEs; it is for sae_zoo.train alone, leave it out")
+    if cfg.trainer.devices != 1:
+        raise ValueError(f"trainer.devices is {cfg.trainer.devices}; hydra/launcher=one_stream trains on one device, leave "
+                         "one of them out")
     groups = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("data", "lm", "corpus", "hook")}
     return digest([groups, str(cfg.output_dir), cfg.trainer.accelerator, cfg.recipe.batch_size, cfg.recipe.n_steps,
                    cfg.seed])

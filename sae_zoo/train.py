@@ -19,7 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.strategies import DDPStrategy
 
 from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.config import build_sae, check_settings, config_hash, device_of, one_line, run_entry_point
@@ -28,6 +28,7 @@ from sae_zoo.evaluation.suite import held_out_rows, score_attribution, score_in_
 from sae_zoo.files import locked, replacing, write_text
 from sae_zoo.memory import give_back_freed_memory
 from sae_zoo.one_stream import current
+from sae_zoo.processes import RankFailed, devices_of, in_this_process, place_of_process, run_in_processes, use_own_device
 from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
 from sae_zoo.saes.io import save_sae
@@ -92,7 +93,9 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         callbacks.append(_ProgressBar(refresh_rate=20))
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
-        precision=trainer_cfg.precision,
+        num_nodes=trainer_cfg.num_nodes, precision=trainer_cfg.precision,
+        # Buffers are counters of what all devices saw, so the same everywhere, and need not be sent.
+        strategy="auto" if _n_processes(cfg) == 1 else DDPStrategy(broadcast_buffers=False),
         logger=_loggers(cfg, run_dir, curves), log_every_n_steps=trainer_cfg.log_every_n_steps,
         val_check_interval=min(trainer_cfg.validation_every, sae.recipe.n_steps), num_sanity_val_steps=0,
         default_root_dir=run_dir, callbacks=callbacks, enable_progress_bar=progress_bar,
@@ -104,6 +107,8 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         if cfg.logger.name == "wandb":
             trainer.loggers[-1].experiment.finish()
     sae.eval().requires_grad_(False).to(device_of(trainer_cfg.accelerator))
+    if not trainer.is_global_zero:
+        return sae
     if (share := sae.calibrate(data.validation_rows())) != 0:
         log.info("thresholds moved by %+.1f %% to meet l0_target on validation rows", 100 * share)
     return sae
@@ -152,31 +157,52 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         ValueError: if the folder holds a finished or half-trained run of another config, or for whatever is wrong with the config or the data;
             the record then says ``failed``.
     """
-    leader = rank_zero_only.rank == 0  # of several devices, one process evaluates and writes
+    leader = not _is_helper()  # of several devices, one process evaluates and writes
     with locked(run_dir / ".lock", f"training {run_dir}") if leader else nullcontext():
         return _run_job(cfg, run_dir, leader)
 
 
-def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
-    record = _identity(cfg)
-    old = read_record(run_dir)
-    config_file, checkpoints = run_dir / "config.yaml", run_dir / "checkpoints"
+def _n_processes(cfg: DictConfig) -> int:
+    return len(devices_of(cfg.trainer.accelerator, cfg.trainer.devices)) * cfg.trainer.num_nodes
+
+
+def _is_helper() -> bool:
+    """Whether this is one of several processes of a job, and not the first."""
+    return place_of_process()[0] > 0
+
+
+def _finished(run_dir: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a finished run of the config of ``record`` in ``run_dir``; None if there is none.
+
+    Raises:
+        ValueError: if what is there is of another config.
+    """
+    old, config_file, checkpoints = read_record(run_dir), run_dir / "config.yaml", run_dir / "checkpoints"
     found = config_hash(OmegaConf.load(config_file)) if config_file.exists() else record["config_hash"]
     finished = old is not None and old["status"] == FINISHED
     if found != record["config_hash"] and (finished or checkpoints.exists()):
         raise ValueError(f"{run_dir} holds a {'finished' if finished else 'half-trained'} run of another config (hash "
                          f"{found}, this one has {record['config_hash']}); choose another sweep=..., or delete that "
                          "folder")
-    if finished:
-        log.info("%s is finished; skipped", run_dir)
-        shutil.rmtree(checkpoints, ignore_errors=True)  # left by a process that died just after its record
+    if not finished:
+        return None
+    log.info("%s is finished; skipped", run_dir)
+    shutil.rmtree(checkpoints, ignore_errors=True)  # left by a process that died just after its record
+    return old
+
+
+def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
+    record = _identity(cfg)
+    if (old := _finished(run_dir, record)) is not None:
         return old
+    checkpoints = run_dir / "checkpoints"
     if leader:
-        write_text(config_file, OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     place = current()
     started = place.clock()
     try:
         check_settings(cfg)
+        use_own_device(devices_of(cfg.trainer.accelerator, cfg.trainer.devices))
         build_sae(cfg, d_in=1, input_scale=1.0)  # a mistake in the config is said before the harvest, not after it
         device, show = device_of(cfg.trainer.accelerator), cfg.trainer.progress_bar
         source = place.open(lambda: open_source(cfg, device, progress_bar=show))
@@ -214,19 +240,38 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
 _swept: list[Path] = []
 
 
+def _run(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """:func:`run_job`, here or in a process for each device; returns its record."""
+    record = _identity(cfg)
+    if (old := _finished(run_dir, record)) is not None:
+        return old
+    try:
+        check_settings(cfg)
+        n = _n_processes(cfg)
+        if not in_this_process(n):
+            if cfg.trainer.num_nodes != 1:
+                raise ValueError(f"trainer.num_nodes is {cfg.trainer.num_nodes}; start the command on every machine with "
+                                 "torchrun or SLURM, or leave it at 1")
+            arguments = {"config": OmegaConf.to_container(cfg, resolve=True), "run_dir": str(run_dir)}
+            run_in_processes("train", arguments, n,
+                             logging_config=OmegaConf.to_container(HydraConfig.get().job_logging, resolve=True))
+            return read_record(run_dir)
+    except (ValueError, OSError, RankFailed) as error:
+        write_record(run_dir, {**record, **(read_record(run_dir) or {}), "status": FAILED, "error": one_line(error)})
+        raise
+    return run_job(cfg, run_dir)
+
+
 def _task(cfg: DictConfig) -> None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode == RunMode.MULTIRUN and cfg.trainer.devices != 1:
-        raise ValueError(f"trainer.devices is {cfg.trainer.devices}; a sweep runs on one device, and a single run on "
-                         "several: start the jobs one by one, without -m")
     if HydraConfig.get().mode == RunMode.RUN:
-        record = run_job(cfg, run_dir)
-        if rank_zero_only.rank == 0:
+        record = _run(cfg, run_dir)
+        if not _is_helper():
             _report(record, run_dir)
         return
     _swept.append(run_dir)
     try:
-        run_job(cfg, run_dir)
+        _run(cfg, run_dir)
     except Exception as error:
         log.error("job failed: %s", one_line(error))  # now; Hydra speaks of it only when the sweep has ended
         raise
@@ -261,7 +306,7 @@ def main() -> None:
     try:
         run_entry_point(_task, "train")
     finally:
-        if _swept:
+        if _swept and not _is_helper():
             _report_sweep()
 
 

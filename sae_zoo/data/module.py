@@ -39,10 +39,12 @@ class ActivationData(pl.LightningDataModule):
                                world_size=self.trainer.world_size)
         return ReadAhead(batches, pin=self.trainer.strategy.root_device.type == "cuda")
 
-    def validation_rows(self) -> Tensor:
-        """The rows on which L0 is measured, [n, d_in]."""
-        return self.activations.rows("validation", 0, min(VALIDATION_ROWS, self.activations.n_rows("validation")))
+    def validation_rows(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        """The rows on which L0 is measured, [n, d_in]; the ``rank``-th of ``world_size`` slices of them."""
+        n = min(VALIDATION_ROWS, self.activations.n_rows("validation"))
+        return self.activations.rows("validation", n * rank // world_size, n * (rank + 1) // world_size)
 
     def val_dataloader(self) -> DataLoader:
-        rows = self.validation_rows()
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        rows = self.validation_rows(rank, world_size)
         return DataLoader(rows, batch_size=min(self.batch_size, len(rows)))

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from sae_zoo.functional.encoder import chunk_rows
 
 
-def auxk_loss(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, k: int) -> Tensor:
-    """||residual - e_hat||^2 / ||residual||^2, where e_hat sums the ``k`` largest ReLU(x W_enc + b_enc) of each token,
-    times their rows of ``W_dec``; normalised by the residual as in the authors' code, and without the decoder's bias.
+def auxk_error(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, k: int) -> Tensor:
+    """||residual - e_hat||^2, where e_hat sums the ``k`` largest ReLU(x W_enc + b_enc) of each token, times their rows of
+    ``W_dec``, without the decoder's bias.
 
     Args:
         x: [tokens, d_in], what the encoder sees; no gradient is taken of it, nor of ``residual``.
@@ -22,7 +22,7 @@ def auxk_loss(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor | None, 
     rows = chunk_rows(x, len(W_dec))
     errors = [checkpoint(_error, *pieces, W_enc, b_enc, W_dec, k, use_reentrant=False)
               for pieces in zip(x.split(rows), residual.split(rows), strict=True)]
-    return sum(errors) / residual.square().sum().clamp_min(1e-12)
+    return sum(errors)
 
 
 def _error(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, k: int) -> Tensor:

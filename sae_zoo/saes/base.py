@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sae_zoo.functional import workspace
-from sae_zoo.functional.auxk import auxk_loss
+from sae_zoo.functional.auxk import auxk_error
 from sae_zoo.functional.decoder import normalise_rows_, squared_error
 from sae_zoo.functional.encoder import chunk_rows, dense_pre_acts, sparse_pre_acts
 from sae_zoo.functional.kernels import has_kernels
+from sae_zoo.functional.processes import mean_over_processes
 from sae_zoo.functional.selection import Selection
 from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, sparse_decode
 from sae_zoo.saes.lightning import LightningSAE
@@ -281,15 +282,16 @@ class SAE(LightningSAE, ABC):
             self._compiled_piece = torch.compile(self._piece, dynamic=False)
         return self._compiled_piece
 
-    def _auxk(self, target: Tensor, errors: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _auxk(self, target: Tensor, errors: Sequence[Tensor], mean_error: Tensor) -> dict[str, Tensor]:
         dead = self.dead.nonzero().squeeze(1) if self.auxk_coefficient else ()
         if not len(dead):
             return {}
         # A latent whose bias is its threshold is dead because its pre-activation is never above 0: without the bias it is.
         bias = None if self.bias_is_threshold else getattr(self, self.encoder_bias).index_select(0, dead)
-        loss = auxk_loss(self._encoder_input(target), -torch.cat(errors), self.W_enc.index_select(1, dead), bias,
-                         self.W_dec.index_select(0, dead), self.d_in // 2)
-        return {"auxk": self.auxk_coefficient * loss}
+        missed = auxk_error(self._encoder_input(target), -torch.cat(errors), self.W_enc.index_select(1, dead), bias,
+                            self.W_dec.index_select(0, dead), self.d_in // 2)
+        # Over what there was to make, as in the authors' code.
+        return mean_over_processes({"auxk": self.auxk_coefficient * missed / (len(target) * mean_error.clamp_min(1e-12))})
 
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:
         """The training loss of raw activations [batch, d_in], in normalised units.
@@ -308,8 +310,10 @@ class SAE(LightningSAE, ABC):
         else:  # nothing of a chunk but its sums and error is kept for the backward pass, which computes it again
             pieces = [checkpoint(piece_of, piece, sparse, use_reentrant=False) for piece in target.split(rows)]
         sums, counts, errors = zip(*pieces, strict=True)
-        means = {name: sum(piece[name] for piece in sums) / len(x) for name in sums[0]}
-        terms = {"reconstruction": means.pop("reconstruction"), **self.terms(means), **self._auxk(target, errors)}
+        means = mean_over_processes({name: sum(piece[name] for piece in sums) / len(x) for name in sums[0]})
+        reconstruction = means.pop("reconstruction")
+        terms = {"reconstruction": reconstruction, **self.terms(means),
+                 **self._auxk(target, errors, reconstruction.detach())}
         return SAELoss(sum(terms.values()), terms, Counts(
             torch.stack([c.fired for c in counts]).any(0), sum(c.n_fired for c in counts),
             sum(c.n_selected for c in counts), len(x)))

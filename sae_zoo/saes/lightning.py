@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from sae_zoo.functional.processes import sum_over_processes
 from sae_zoo.training.adam import Adam
 from sae_zoo.training.control import l0_error, next_log_coefficient
 from sae_zoo.training.recipe import Recipe
@@ -197,7 +198,9 @@ class LightningSAE(pl.LightningModule):
         l0 = self._count(loss.counts)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # when Lightning hands it to the loggers
             x = self._normalise(batch)
-            fvu = loss.terms["reconstruction"].detach() * len(x) / (x - x.mean(0)).square().sum()
+            n = sum_over_processes(torch.tensor(float(len(x)), device=x.device))
+            mean = sum_over_processes(x.sum(0)) / n
+            fvu = loss.terms["reconstruction"].detach() * n / sum_over_processes((x - mean).square().sum())
             self.log_dict({"L0": l0, "FVU": fvu}, prog_bar=True)
             self.log_dict({"loss": loss.total.detach(), "coefficient": self.coefficient,
                            "density": float(self.density), "lr": self.optimizers().param_groups[0]["lr"],
@@ -213,8 +216,7 @@ class LightningSAE(pl.LightningModule):
         totals = totals.to(torch.float64)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(silent, op=torch.distributed.ReduceOp.MIN)
-            torch.distributed.all_reduce(totals)
-        n_fired, n_selected, n_tokens = totals.tolist()
+        n_fired, n_selected, n_tokens = sum_over_processes(totals).tolist()
         self.tokens_since_fired.add_(int(n_tokens)).mul_(silent)
         self.density.fill_(n_selected / (n_tokens * self.d_sae))
         return n_fired / n_tokens
@@ -239,8 +241,9 @@ class LightningSAE(pl.LightningModule):
         self._heldout.append((float((self.encode_sparse(batch).values > 0).sum()), len(batch)))
 
     def on_validation_epoch_end(self) -> None:
-        active, tokens = map(sum, zip(*self._heldout, strict=True))
+        seen = torch.tensor(self._heldout, dtype=torch.float64, device=self.device).sum(0)
         self._heldout.clear()
+        active, tokens = sum_over_processes(seen).tolist()
         l0 = active / tokens
         self.log("heldout_L0", l0, prog_bar=True)
         if l0 > 0 and float(self.l0_average) > 0:
