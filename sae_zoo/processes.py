@@ -25,8 +25,9 @@ import torch
 from pytorch_lightning.accelerators import CPUAccelerator, CUDAAccelerator
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-# What says a process's number and how many there are: torchrun and we, SLURM.
-_NUMBERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS"))
+# What says a process's number and how many there are: torchrun and we, SLURM's srun. (A batch script of SLURM's has
+# SLURM_NTASKS too, and is one process.)
+_NUMBERS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 _POLL_SECONDS = 0.1
 # When a process has died the others notice by themselves, or wait for it in a collective call until they are killed.
 _GRACE_SECONDS = 5.0

@@ -37,15 +37,17 @@ def hooks_of(cfg: DictConfig, lm: LoadedLM, *, layers: Iterable[int], sites: Ite
 
 
 def harvest_caches(cfg: DictConfig, lm: LoadedLM, hooks: list[HookPoint], *, along: Sequence[HookPoint] = (),
-                   progress_bar: bool) -> dict[str, Cache]:
-    """Caches of ``hooks`` below ``output_dir``, made where they are missing, in one pass with those of ``along``."""
+                   process: tuple[int, int] = (0, 1), progress_bar: bool) -> dict[str, Cache]:
+    """Caches of ``hooks`` below ``output_dir``, made where they are missing, in one pass with those of ``along``; by
+    several processes, ``process`` is the number of this one and how many there are.
+    """
     return harvest(lm, cfg.lm.name, hooks, build_corpus(cfg.corpus), build_harvest_spec(cfg),
                    root=Path(cfg.output_dir) / "cache", batch_size=cfg.lm.batch_size, along=along,
-                   progress_bar=progress_bar)
+                   process=process, progress_bar=progress_bar)
 
 
-def open_source(cfg: DictConfig, device: torch.device, *, progress_bar: bool) -> Source:
-    """The activations that a ``train.yaml`` asks for.
+def open_source(cfg: DictConfig, device: torch.device, *, process: tuple[int, int] = (0, 1), progress_bar: bool) -> Source:
+    """The activations that a ``train.yaml`` asks for; ``process`` as in :func:`harvest_caches`.
 
     Raises:
         ValueError: in one line, for whatever is wrong with them.
@@ -58,7 +60,8 @@ def open_source(cfg: DictConfig, device: torch.device, *, progress_bar: bool) ->
     hook = resolve_hook(lm.model, cfg.lm.sites, cfg.hook.layer, cfg.hook.site)
     together = cfg.hook.harvest_together
     along = [] if together is None else hooks_of(cfg, lm, layers=together.layers, sites=together.sites)
-    cache = harvest_caches(harvested(cfg), lm, [hook], along=along, progress_bar=progress_bar)[hook.name]
+    cache = harvest_caches(harvested(cfg), lm, [hook], along=along, process=process,
+                           progress_bar=progress_bar)[hook.name]
     if cfg.data.name == "cache":
         return Source(cache, lm, hook)
     train = {"buffer_rows": cfg.data.buffer_rows, "batch_size": cfg.lm.batch_size}

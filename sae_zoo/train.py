@@ -205,7 +205,8 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
         use_own_device(devices_of(cfg.trainer.accelerator, cfg.trainer.devices))
         build_sae(cfg, d_in=1, input_scale=1.0)  # a mistake in the config is said before the harvest, not after it
         device, show = device_of(cfg.trainer.accelerator), cfg.trainer.progress_bar
-        source = place.open(lambda: open_source(cfg, device, progress_bar=show))
+        process = place_of_process() if _n_processes(cfg) > 1 else (0, 1)
+        source = place.open(lambda: open_source(cfg, device, process=process, progress_bar=show))
         record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
         fit_started = place.clock()
         sae = fit(cfg, source, run_dir)

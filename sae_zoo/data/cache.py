@@ -41,12 +41,16 @@ def make_cache_id(*, lm: str, hook: str, identity: Mapping[str, Any]) -> str:
     return "-".join([*readable, digest(identity)])
 
 
-def cache_lock(root: Path | str, cache_id: str) -> AbstractContextManager[None]:
+def cache_lock(root: Path | str, cache_id: str, *, part: int = 0) -> AbstractContextManager[None]:
     """Hold the right to build ``cache_id`` below ``root``; waits while another process holds it.
 
     Look for the cache inside this block, before building it: who has waited finds it finished.
+
+    Args:
+        part: which of several writers asks.
     """
-    return locked(Path(root) / f".{cache_id}.lock", f"building {cache_id}")
+    name = f".{cache_id}.lock" if part == 0 else f".{cache_id}.part{part}.lock"
+    return locked(Path(root) / name, f"building {cache_id}")
 
 
 class Origin(NamedTuple):

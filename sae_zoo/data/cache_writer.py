@@ -5,8 +5,11 @@ they are appended to one bucket file for every shard; when all are there each bu
 that at its peak the disk holds one cache and one shard. All of it is built in a folder with a temporary name and
 published by one rename.
 
-A writer that was killed leaves that folder, and the next one goes on with it: from the last note of how long each
-bucket was at which row of the text, and, once the shards are being made, from those that are there.
+Several processes may write one cache, each the rows of its own part of the text, into buckets of its own; the first of
+them makes the shards of all, which are the same bytes as one process would have made.
+
+A writer that was killed leaves its part of that folder, and the next one goes on with it: from the last note of how long
+each bucket was at which row of the text, and, once the shards are being made, from those that are there.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from tqdm import tqdm
 from sae_zoo.data.activations import first_not_finite, summed_squares
 from sae_zoo.data.cache import DTYPES, FORMAT_VERSION, MANIFEST, Cache, Origin, manifest_digest, open_cache
 from sae_zoo.data.corpus import SPLITS, PackedTokens
+from sae_zoo.data.parts import Part, part_folder, partial_folder
 from sae_zoo.data.permutation import Permutation
 from sae_zoo.files import replacing, sync_folder
 from sae_zoo.records import digest, write_json
@@ -41,6 +46,7 @@ _PROGRESS = "progress.json"  # in the folder that is being built
 _NOTE_SECONDS = 30.0  # between two notes: each flushes all buckets to disk
 _BUFFER_BYTES = 1 << 27  # rows that wait in memory to be appended to their buckets: few opens, long writes
 _CHUNK_ROWS = 4096  # rows taken from a bucket at a time
+_WAIT_SECONDS = 0.2  # between two looks at what the other writers of a cache have done
 
 
 def estimated_bytes(splits: Mapping[str, int], *, d_in: int, dtype: str, rows_per_shard: int) -> int:
@@ -67,13 +73,8 @@ def check_disk_space(root: Path | str, n_bytes: int) -> None:
                          f"{root}; free some, lower the number of tokens, choose a 16-bit dtype or another output_dir")
 
 
-def partial_folder(root: Path | str, cache_id: str) -> Path:
-    """Where a cache is built before it is published."""
-    return Path(root) / f".{cache_id}.partial"
-
-
 class CacheWriter:
-    """Writes one cache; hold :func:`~sae_zoo.data.cache.cache_lock` meanwhile.
+    """Writes one cache, or a part of it; hold :func:`~sae_zoo.data.cache.cache_lock` of that part meanwhile.
 
     It goes on with what an earlier writer of the same cache has left, if that can be used. A context manager: left by a
     ValueError (the rows are wrong), it removes what was written; left by anything else, that stays for the next one.
@@ -91,13 +92,14 @@ class CacheWriter:
         splits: how many rows will be appended to each split.
         rows_per_shard: rows of every shard but the last of a split.
         seed: of the shuffle. Caches with equal ``splits`` and ``seed`` have the same tokens in the same rows.
+        part: what this writer appends, if others append the rest; None is all of it.
 
     Raises:
         ValueError: if an argument is out of its range.
     """
 
     def __init__(self, root: Path | str, cache_id: str, *, identity: Mapping[str, Any], d_in: int, dtype: str,
-                 splits: Mapping[str, int], rows_per_shard: int, seed: int):
+                 splits: Mapping[str, int], rows_per_shard: int, seed: int, part: Part | None = None):
         if dtype not in DTYPES:
             raise ValueError(f"cache dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
         if rows_per_shard < 1:
@@ -116,6 +118,8 @@ class CacheWriter:
         self.d_in, self.dtype, self.splits, self.rows_per_shard = d_in, dtype, dict(splits), rows_per_shard
         self._permutations = {split: Permutation(n, seed) for split, n in splits.items()}
         self._partial = partial_folder(self.root, cache_id)
+        self._part = part or Part(0, 1, dict.fromkeys(splits, range(0)), {split: (0, n) for split, n in splits.items()})
+        self._own = self._part_folder(self._part.number)
         self._shards: list[tuple[str, int, int]] = []  # of all splits: (split, number in it, rows)
         self._first_shard: dict[str, int] = {}
         for split, n_rows in splits.items():
@@ -132,18 +136,20 @@ class CacheWriter:
         self._unsynced: set[int] = set()  # buckets
         self._noted = time.monotonic()
         if not self._go_on():
-            shutil.rmtree(self._partial, ignore_errors=True)
-            self.sequences_done, self.complete = dict.fromkeys(splits, 0), False
+            shutil.rmtree(self._own, ignore_errors=True)
+            self.complete = False
+            self.sequences_done = {split: own.start for split, own in self._part.sequences.items()}
             self._n_appended = dict.fromkeys(splits, 0)
-        for name in ("tokens", *splits):
-            (self._partial / name).mkdir(parents=True, exist_ok=True)
+            self._own.mkdir(parents=True)
 
     def __enter__(self) -> CacheWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, ValueError):
-            shutil.rmtree(self._partial, ignore_errors=True)
+            shutil.rmtree(self._own, ignore_errors=True)
+            with suppress(OSError):  # the other writers' parts stay
+                self._partial.rmdir()
 
     def append(self, split: str, activations: Tensor, token_ids: Tensor, sequences: Tensor, positions: Tensor) -> None:
         """Add rows in reading order.
@@ -159,15 +165,16 @@ class CacheWriter:
         """
         if split not in self.splits:
             raise ValueError(f"split {split!r} was not announced; {', '.join(self.splits)} were")
-        n, first = len(activations), self._n_appended[split]
+        n, first = len(activations), self._part.rows[split][0] + self._n_appended[split]
         if activations.shape != (n, self.d_in):
             raise ValueError(f"activations have shape {tuple(activations.shape)}; (n, d_in = {self.d_in}) is expected")
         origin = Origin(token_ids, sequences, positions)
         for name, values in zip(Origin._fields, origin):
             if values.shape != (n,):
                 raise ValueError(f"{name} have shape {tuple(values.shape)}; ({n},) is expected, one for each row")
-        if first + n > self.splits[split]:
-            raise ValueError(f"split {split!r} gets row {first + n}, but {self.splits[split]} were announced")
+        if self._n_appended[split] + n > self._part.rows[split][1]:
+            raise ValueError(f"split {split!r} gets row {self._n_appended[split] + n}, but {self._part.rows[split][1]} were "
+                             "announced")
         stored = activations.detach().to("cpu", DTYPES[self.dtype]).contiguous()
         bad = first_not_finite(stored)
         if bad is not None:
@@ -202,7 +209,8 @@ class CacheWriter:
             self._note()
 
     def finish(self, packed: Mapping[str, PackedTokens], *, progress_bar: bool = False) -> Cache:
-        """Make the shards, publish the cache and open it. Keeps a finished cache that is there already.
+        """When all parts are complete, make the shards, publish the cache and open it. Of several writers the first does
+        so and the others wait for it. Keeps a finished cache that is there already.
 
         Args:
             packed: of every split, the tokens that the rows come from.
@@ -210,12 +218,21 @@ class CacheWriter:
         Raises:
             ValueError: if rows are missing, or a row's token is not where it says.
         """
-        for split, n_rows in self.splits.items():
+        for split, (_, n_rows) in self._part.rows.items():
             if self._n_appended[split] != n_rows:
                 raise ValueError(f"split {split!r} got {self._n_appended[split]} of the {n_rows} rows announced")
         if not self.complete:
             self.complete = True
             self._note()
+        if self._part.number > 0:
+            while not (self.root / self.cache_id / MANIFEST).exists():
+                time.sleep(_WAIT_SECONDS)
+            return open_cache(self.root / self.cache_id)
+        for number in range(1, self._part.of):
+            while not self._is_complete(number):
+                time.sleep(_WAIT_SECONDS)
+        for name in ("tokens", *self.splits):
+            (self._partial / name).mkdir(exist_ok=True)
         largest = max(rows for _, _, rows in self._shards)
         tensors = {"activations": torch.empty(largest, self.d_in, dtype=DTYPES[self.dtype]),
                    **{name: torch.empty(largest, dtype=torch.int32) for name in Origin._fields}}
@@ -241,7 +258,8 @@ class CacheWriter:
             if split == "train":
                 squares += [summed_squares(part) for part in shard["activations"].split(_CHUNK_ROWS)]
             splits[split]["shards"].append(self._entry(name, shard) if made else self._write(name, shard))
-            self._bucket(i).unlink(missing_ok=True)
+            for number in range(self._part.of):
+                self._bucket(i, number).unlink(missing_ok=True)
         manifest = {
             "format_version": FORMAT_VERSION, "cache_id": self.cache_id, "identity": self.identity, "d_in": self.d_in,
             "dtype": self.dtype, "rows_per_shard": self.rows_per_shard,
@@ -249,14 +267,14 @@ class CacheWriter:
             "special_ids": list(packed["train"].special_ids), "splits": splits,
         }
         write_json(self._partial / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})
-        (self._partial / _PROGRESS).unlink(missing_ok=True)
         return open_cache(self._publish())
 
     def _go_on(self) -> bool:
         """Take over what a writer of the same cache has left; False if there is nothing, or nothing that can be used."""
-        file = self._partial / _PROGRESS
+        file = self._own / _PROGRESS
         if (self._partial / MANIFEST).exists():  # all is there, but was not published
-            self.sequences_done, self.complete, self._n_appended = {}, True, dict(self.splits)
+            self.sequences_done, self.complete = {}, True
+            self._n_appended = {split: n for split, (_, n) in self._part.rows.items()}
             return True
         if not file.exists():
             return False
@@ -278,14 +296,23 @@ class CacheWriter:
                 elif bucket.exists():
                     os.truncate(bucket, size)
         if not usable:
-            log.warning("what an interrupted harvest left in %s cannot be used; starting again", self._partial)
+            log.warning("what an interrupted harvest left in %s cannot be used; starting again", self._own)
             return False
         log.info("going on with %s: %s rows are there", self.cache_id, f"{sum(self._n_appended.values()):,}")
         return True
 
     def _made_of(self) -> dict[str, Any]:
         """What a note has to agree in with this writer, beside the name of the cache."""
-        return {"splits": self.splits, "d_in": self.d_in, "dtype": self.dtype, "rows_per_shard": self.rows_per_shard}
+        return {"splits": self.splits, "d_in": self.d_in, "dtype": self.dtype, "rows_per_shard": self.rows_per_shard,
+                "rows": {split: list(rows) for split, rows in self._part.rows.items()}}
+
+    def _is_complete(self, number: int) -> bool:
+        """Whether all rows of a part have been appended."""
+        file = self._part_folder(number) / _PROGRESS
+        return file.exists() and json.loads(file.read_text())["complete"]
+
+    def _part_folder(self, number: int) -> Path:
+        return part_folder(self.root, self.cache_id, number, self._part.of)
 
     def _note(self) -> None:
         """Write down how far this writer is, so that the next one can go on from here."""
@@ -295,13 +322,14 @@ class CacheWriter:
                 os.fsync(file.fileno())
         self._unsynced.clear()
         buckets = (self._bucket(shard) for shard in range(len(self._shards)))
-        write_json(self._partial / _PROGRESS, {
+        write_json(self._own / _PROGRESS, {
             "of": self._made_of(), "complete": self.complete, "sequences_done": self.sequences_done,
             "n_appended": self._n_appended, "bucket_bytes": [b.stat().st_size if b.exists() else 0 for b in buckets]})
         self._noted = time.monotonic()
 
-    def _bucket(self, shard: int) -> Path:
-        return self._partial / f"bucket{shard:05d}"
+    def _bucket(self, shard: int, number: int | None = None) -> Path:
+        """Where a part's rows of a shard are; by default this writer's."""
+        return self._part_folder(self._part.number if number is None else number) / f"bucket{shard:05d}"
 
     def _shard_name(self, shard: int) -> str:
         split, number, _ = self._shards[shard]
@@ -323,17 +351,19 @@ class CacheWriter:
         self._n_waiting = 0
 
     def _fill(self, shard: dict[str, Tensor], number: int) -> None:
-        """Place the rows of a bucket at their slots."""
+        """Place the rows of a shard's buckets at their slots."""
         arrays = {name: tensor.numpy() for name, tensor in shard.items() if name != "activations"}
         arrays["activations"] = shard["activations"].view(torch.uint8).numpy()
         n_left = len(shard["activations"])
-        with open(self._bucket(number), "rb") as file:
-            while n_left:
-                records = np.fromfile(file, self._record, min(n_left, _CHUNK_ROWS))
-                assert len(records), "a bucket is shorter than its shard"
-                for name, array in arrays.items():
-                    array[records["slot"]] = records[name]
-                n_left -= len(records)
+        for bucket in (self._bucket(number, part) for part in range(self._part.of)):
+            if not bucket.exists():  # none of the part's rows is in this shard
+                continue
+            with open(bucket, "rb") as file:
+                while len(records := np.fromfile(file, self._record, _CHUNK_ROWS)):
+                    for name, array in arrays.items():
+                        array[records["slot"]] = records[name]
+                    n_left -= len(records)
+        assert n_left == 0, "the buckets of a shard do not have its rows"
 
     def _check_tokens(self, shard: dict[str, Tensor], split: str, tokens: Tensor) -> None:
         """Raise ValueError unless every row's token stands in ``tokens`` where the row says."""
@@ -357,6 +387,8 @@ class CacheWriter:
 
     def _publish(self) -> Path:
         final = self.root / self.cache_id
+        for part in self._partial.glob("part*of*"):  # also those of an interrupted harvest by another number of processes
+            shutil.rmtree(part)
         sync_folder(self._partial)
         try:
             os.rename(self._partial, final)

@@ -11,8 +11,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
-from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes, partial_folder
+from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
 from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, PackedTokens, deal, pack
+from sae_zoo.data.parts import Part, part_of, partial_folder, wait_for_first
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
 
@@ -54,13 +55,15 @@ def _identity(lm: LoadedLM, hook: HookPoint, corpus_fingerprint: str, spec: Harv
 
 
 def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corpus, spec: HarvestSpec, *,
-            root: Path | str, batch_size: int, along: Sequence[HookPoint] = (), progress_bar: bool = True
-            ) -> dict[str, Cache]:
+            root: Path | str, batch_size: int, along: Sequence[HookPoint] = (), process: tuple[int, int] = (0, 1),
+            progress_bar: bool = True) -> dict[str, Cache]:
     """The caches of ``hooks`` below ``root``; those that are not there yet are made in one pass over the text.
 
     Args:
         batch_size: rows a forward pass.
         along: hook points whose missing caches are made too where one of ``hooks`` is missing, in the same pass.
+        process: number of this process and how many there are; each reads its own part of the text, and the bytes that
+            come out are the same. All must see ``root``.
 
     Returns:
         A cache for each hook point, by its name. Their rows are aligned: row i is the same token in all of them.
@@ -79,7 +82,10 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
     with ExitStack() as stack:
         # Always in one order, so that two harvests cannot wait for each other.
         for cache_id in sorted(ids[name] for name in points):
-            stack.enter_context(cache_lock(root, cache_id))
+            stack.enter_context(cache_lock(root, cache_id, part=process[0]))
+        if process[0] > 0:
+            for name in points:
+                wait_for_first(root, ids[name], process[1])
         missing = [hook for name, hook in points.items() if not (root / ids[name] / MANIFEST).exists()]
         made = {}
         if missing:
@@ -90,18 +96,21 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
                           for d_in in widths.values())
             log.info("harvesting %s of %s: %s tokens, %.2f GB", ", ".join(widths), lm_name,
                      " + ".join(f"{n:,} {split}" for split, n in rows.items()), n_bytes / 1e9)
-            there = sum(file.stat().st_size for hook in missing
-                        for file in partial_folder(root, ids[hook.name]).rglob("*") if file.is_file())
-            check_disk_space(root, n_bytes - there)
+            if process[0] == 0:
+                there = sum(file.stat().st_size for hook in missing
+                            for file in partial_folder(root, ids[hook.name]).rglob("*") if file.is_file())
+                check_disk_space(root, n_bytes - there)
+            part = part_of(packed, batch_size, *process)
             writers = {
                 hook.name: stack.enter_context(CacheWriter(
                     root, ids[hook.name], identity=identities[hook.name], d_in=widths[hook.name], dtype=spec.dtype,
-                    splits=rows, rows_per_shard=spec.rows_per_shard, seed=spec.seed))
+                    splits=rows, rows_per_shard=spec.rows_per_shard, seed=spec.seed, part=part))
                 for hook in missing
             }
             unfinished = [hook for hook in missing if not writers[hook.name].complete]
-            _run(lm, unfinished, packed, writers, batch_size, progress_bar)
-            made = {name: writer.finish(packed, progress_bar=progress_bar) for name, writer in writers.items()}
+            _run(lm, unfinished, packed, part, writers, batch_size, progress_bar)
+            made = {name: writer.finish(packed, progress_bar=progress_bar and process[0] == 0)
+                    for name, writer in writers.items()}
         return {hook.name: made.get(hook.name) or _open(root / ids[hook.name], hook_width(lm.model, hook))
                 for hook in hooks}
 
@@ -131,14 +140,15 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
     return {"train": train, "validation": validation, "test": test}
 
 
-def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTokens],
+def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTokens], part: Part,
          writers: Mapping[str, CacheWriter], batch_size: int, progress_bar: bool) -> None:
-    total = sum(part.n_tokens for part in packed.values()) if hooks else 0
-    with tqdm(total=total, desc="harvest", unit="token", unit_scale=True, disable=not progress_bar) as bar:
-        for split, part in packed.items():
-            keep = part.keep
-            for start in range(0, len(part.tokens), batch_size):
-                tokens, kept = part.tokens[start : start + batch_size], keep[start : start + batch_size]
+    total = sum(n_rows for _, n_rows in part.rows.values()) if hooks else 0
+    with tqdm(total=total, desc="harvest", unit="token", unit_scale=True,
+              disable=not progress_bar or part.number > 0) as bar:
+        for split, text in packed.items():
+            keep, own = text.keep, part.sequences[split]
+            for start in range(own.start, own.stop, batch_size):
+                tokens, kept = text.tokens[start : start + batch_size], keep[start : start + batch_size]
                 behind = [hook for hook in hooks if writers[hook.name].sequences_done[split] < start + len(tokens)]
                 if behind:
                     sequences, positions = kept.nonzero(as_tuple=True)

@@ -96,7 +96,7 @@ def test_what_the_moments_are(tmp_path):
     """Those that are used below: in the midst of the rows, with nothing but rows; and in the midst of the shards."""
     for event, n_shards in ((25, 0), (57, 1)):
         partial = interrupted(tmp_path / str(event), event)
-        assert len(list(partial.glob("train/*.safetensors"))) == n_shards and (partial / "bucket00002").exists()
+        assert len(list(partial.glob("train/*.safetensors"))) == n_shards and (partial / "part0of1" / "bucket00002").exists()
 
 
 def test_a_writer_that_died_anywhere_is_taken_over(tmp_path, expected):
@@ -134,11 +134,11 @@ def interrupted(root, event):
 
 @pytest.mark.parametrize("event", [25, 57], ids=["rows", "shards"])
 @pytest.mark.parametrize("spoil", [
-    lambda p: (p / "progress.json").write_text("{"),
-    lambda p: (p / "progress.json").write_text("[1]"),
-    lambda p: (p / "progress.json").write_text(json.dumps({"of": {}, "bucket_bytes": []})),
-    lambda p: os.truncate(p / "bucket00002", 8),
-    lambda p: (p / "bucket00002").unlink(),
+    lambda p: (p / "part0of1" / "progress.json").write_text("{"),
+    lambda p: (p / "part0of1" / "progress.json").write_text("[1]"),
+    lambda p: (p / "part0of1" / "progress.json").write_text(json.dumps({"of": {}, "bucket_bytes": []})),
+    lambda p: os.truncate(p / "part0of1" / "bucket00002", 8),
+    lambda p: (p / "part0of1" / "bucket00002").unlink(),
 ], ids=["cut", "list", "other", "short bucket", "no bucket"])
 def test_what_cannot_be_used_is_said_and_written_again(tmp_path, expected, spoil, event, caplog):
     spoil(interrupted(tmp_path, event))
