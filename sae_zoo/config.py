@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import CORPORA, Corpus
 from sae_zoo.data.file import FileActivations
+from sae_zoo.data.folders import Folder, LocalFolder
 from sae_zoo.data.harvesting import HarvestSpec
+from sae_zoo.data.remote import RemoteFolder, is_url
 from sae_zoo.lm.load import LoadedLM, load_lm
 from sae_zoo.memory import keep_freed_memory
 from sae_zoo.records import digest
@@ -35,16 +39,21 @@ CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.par
 # What does not change a run's numbers, and so is neither hashed nor named.
 _WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps",
                    "trainer.accelerator", "trainer.devices", "trainer.num_nodes",  # but for rounding
-                   "trainer.checkpoint_every", "hook.harvest_together", "matched")  # of an experiment: its values stand where they are used
+                   "trainer.checkpoint_every", "hook.harvest_together", "lm.device_map",
+                   "data.remote",  # the same bytes, wherever they lie
+                   "matched")  # of an experiment: its values stand where they are used
 # Overrides whose values the names of sweep and job spell out themselves.
 _SPELLED_OUT = ("experiment", "sae", "lm", "hook", "hook.layer", "hook.site", "l0_target", "seed")
+# Settings of the trainer that sweeps compare; the others are not for a name.
+_NAMED_OF_TRAINER = ("trainer.precision", "trainer.gradient_clip_val")
 # Overrides that make runs incomparable: they name the sweep, all others the job.
 _OF_SWEEP = ("recipe", "recipe.n_steps", "recipe.batch_size", "d_sae")
 _GROUPS_OF_SWEEP = ("corpus", "data", "lm", "evaluation")
 # Types of what in a train.yaml is used as it stands, and not handed to a constructor.
 _SETTINGS = {
     "trainer": {"accelerator": str, "devices": int | str | list[int], "num_nodes": int, "precision": str | int,
-                "log_every_n_steps": int, "validation_every": int, "checkpoint_every": int, "progress_bar": bool},
+                "gradient_clip_val": float | None, "log_every_n_steps": int, "validation_every": int,
+                "checkpoint_every": int, "progress_bar": bool},
     "evaluation": {"n_rows": int, "n_lm_tokens": int},
 }
 
@@ -113,7 +122,8 @@ def _overrides(root: DictConfig, *, of_sweep: bool) -> list[str]:
     chosen = []
     for override in sorted(root.hydra.overrides.task):
         key = override.split("=")[0].lstrip("+~")
-        if key in _SPELLED_OUT or _is_or_below(key, (*_WITHOUT_EFFECT, "trainer")):
+        of_trainer = _is_or_below(key, ("trainer",)) and key not in _NAMED_OF_TRAINER
+        if key in _SPELLED_OUT or of_trainer or _is_or_below(key, _WITHOUT_EFFECT):
             continue
         if (key in _OF_SWEEP or _is_or_below(key, _GROUPS_OF_SWEEP)) == of_sweep:
             chosen.append(override)
@@ -182,12 +192,12 @@ def build_corpus(cfg: DictConfig) -> Corpus:
 
 def build_lm(cfg: DictConfig, device: torch.device) -> LoadedLM:
     """The language model of an ``lm/*.yaml``, frozen, on ``device``."""
-    return load_lm(cfg.path, revision=cfg.revision, dtype=cfg.dtype, device=device)
+    return load_lm(cfg.path, revision=cfg.revision, dtype=cfg.dtype, device=device, device_map=cfg.get("device_map"))
 
 
 def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
     """What ``data/cache.yaml`` (or ``online.yaml``) and the language model's context size say of a cache."""
-    arguments = {k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "name"}
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k not in ("name", "remote")}
     if cfg.data.name == "online":  # how its text is read is no fact of a cache
         check_types({"buffer_rows": int}, {"buffer_rows": arguments.pop("buffer_rows")}, where="data.")
     check_types(types_of(HarvestSpec), arguments, where="data.")
@@ -198,6 +208,29 @@ def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
 def harvested(cfg: DictConfig) -> DictConfig:
     """``cfg`` as its caches are made: where training rows are not stored, with one token of them, the least."""
     return OmegaConf.merge(cfg, {"data": {"n_tokens": {"train": 1}}}) if cfg.data.name == "online" else cfg
+
+
+def build_remote(cfg: DictConfig) -> Folder | None:
+    """Where a ``train.yaml`` says that its cache lies finished; None if it says nothing.
+
+    Raises:
+        ValueError: if a value is of another type, or the address cannot be used.
+    """
+    remote = OmegaConf.to_container(cfg.data, resolve=True).get("remote")  # runs of earlier versions have none
+    if remote is None:
+        return None
+    check_types({"remote": Mapping}, {"remote": remote}, where="data.")
+    check_types({"path": str | None, "copy_gb": float}, remote, where="data.remote.")
+    path, copy_gb = remote["path"], remote["copy_gb"]
+    if path is None:
+        return None
+    if cfg.data.name != "cache":
+        raise ValueError(f"data.remote.path is {path}, but data is {cfg.data.name}; choose data=cache, or leave it out")
+    if not 0 < copy_gb < math.inf:
+        raise ValueError(f"data.remote.copy_gb is {copy_gb}; it must be above 0")
+    if not is_url(path):
+        return LocalFolder(Path(path))
+    return RemoteFolder(path, Copies(Path(cfg.output_dir) / "cache" / ".copies", int(copy_gb * 1e9)))
 
 
 def build_file_activations(cfg: DictConfig) -> FileActivations:
@@ -237,3 +270,5 @@ def check_settings(cfg: DictConfig) -> None:
         for name, value in values.items():
             if expected[name] is int and value < 1:
                 raise ValueError(f"{group}.{name} is {value}; it must be at least 1")
+    if (clip := cfg.trainer.gradient_clip_val) is not None and not clip > 0:
+        raise ValueError(f"trainer.gradient_clip_val is {clip}; it must be positive, or null for none")

@@ -20,7 +20,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from sae_zoo.config import build_corpus, build_harvest_spec, build_sae, device_of, harvested, run_entry_point
+from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, build_sae, device_of, harvested,
+                            run_entry_point)
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
 from sae_zoo.data.module import VALIDATION_ROWS
@@ -140,6 +141,8 @@ class _Planner:
 
     def is_here(self, cfg: DictConfig) -> bool:
         """Whether the caches of ``cfg`` are on the disk, as their manifests say; weights have no fingerprint here."""
+        if build_remote(cfg) is not None:
+            return True
         caches = Path(cfg.output_dir) / "cache"
         wanted = {"corpus": build_corpus(cfg.corpus).fingerprint(), "lm_dtype": str(self.model(cfg).dtype),
                   **asdict(build_harvest_spec(harvested(cfg)))}

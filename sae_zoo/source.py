@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from sae_zoo.config import build_corpus, build_file_activations, build_harvest_spec, build_lm, harvested
+from sae_zoo.config import build_corpus, build_file_activations, build_harvest_spec, build_lm, build_remote, harvested
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.cache import Cache
+from sae_zoo.data.finished import open_finished
 from sae_zoo.data.harvesting import harvest
 from sae_zoo.data.online import OnlineActivations
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
@@ -41,6 +42,9 @@ def harvest_caches(cfg: DictConfig, lm: LoadedLM, hooks: list[HookPoint], *, alo
     """Caches of ``hooks`` below ``output_dir``, made where they are missing, in one pass with those of ``along``; by
     several processes, ``process`` is the number of this one and how many there are.
     """
+    if (remote := build_remote(cfg)) is not None:
+        raise ValueError(f"data.remote.path is {remote}; training opens what lies there, nothing is harvested: leave it "
+                         "out")
     return harvest(lm, cfg.lm.name, hooks, build_corpus(cfg.corpus), build_harvest_spec(cfg),
                    root=Path(cfg.output_dir) / "cache", batch_size=cfg.lm.batch_size, along=along,
                    process=process, progress_bar=progress_bar)
@@ -58,6 +62,8 @@ def open_source(cfg: DictConfig, device: torch.device, *, process: tuple[int, in
         raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
     lm = build_lm(cfg.lm, device)
     hook = resolve_hook(lm.model, cfg.lm.sites, cfg.hook.layer, cfg.hook.site)
+    if (remote := build_remote(cfg)) is not None:
+        return Source(open_finished(remote, lm, hook, build_corpus(cfg.corpus), build_harvest_spec(cfg)), lm, hook)
     together = cfg.hook.harvest_together
     along = [] if together is None else hooks_of(cfg, lm, layers=together.layers, sites=together.sites)
     cache = harvest_caches(harvested(cfg), lm, [hook], along=along, process=process,

@@ -94,6 +94,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
     trainer = pl.Trainer(
         max_steps=sae.recipe.n_steps, accelerator=trainer_cfg.accelerator, devices=trainer_cfg.devices,
         num_nodes=trainer_cfg.num_nodes, precision=trainer_cfg.precision,
+        gradient_clip_val=trainer_cfg.gradient_clip_val,
         # Buffers are counters of what all devices saw, so the same everywhere, and need not be sent.
         strategy="auto" if _n_processes(cfg) == 1 else DDPStrategy(broadcast_buffers=False),
         logger=_loggers(cfg, run_dir, curves), log_every_n_steps=trainer_cfg.log_every_n_steps,
@@ -129,7 +130,9 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
     cache = source.activations
     where = (source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"])
     how = {"n_tokens": cfg.evaluation.n_lm_tokens, "batch_size": cfg.lm.batch_size, "progress_bar": show}
-    in_lm = {**score_in_lm(sae.reconstruct, *where, **how), "r_l0": score_attribution(sae, *where, **how)}
+    # A language model that is spread over devices has the hook point on any of them.
+    in_lm = {**score_in_lm(lambda x: sae.reconstruct(x.to(device)), *where, **how),
+             "r_l0": score_attribution(sae, *where, **how)}
     return {**metrics, **{key: in_lm[key] for key in lm_keys}}
 
 

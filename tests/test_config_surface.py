@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_zoo.config import build_corpus, build_harvest_spec, build_sae, check_settings, compose_config, config_hash, device_of
+from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, build_sae, check_settings, compose_config,
+                            config_hash, device_of)
 
 USERS_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)  # what an entry point shows as one line
 VARIANTS = ["jumprelu", "relu", "topk", "gated", "gated_ri_l1"]
@@ -32,6 +33,7 @@ def build(overrides):
     config_hash(OmegaConf.to_container(cfg, resolve=True))
     check_settings(cfg)
     build_harvest_spec(cfg)
+    build_remote(cfg)
     if any(override.startswith("corpus") for override in overrides):  # finding all files of the default one takes long
         build_corpus(cfg.corpus)
     device_of(cfg.trainer.accelerator)
@@ -73,6 +75,8 @@ def test_what_is_right_is_built(sae):
     ("recipe.lr_l0=abc", "recipe.lr_l0 is 'abc'; it must be a number or null"),
     ("d_sae=null", "d_sae is None; it must be a whole number"),
     ("data.n_tokens.train=null", "data.n_tokens is .*; it must be a mapping of names to a whole number"),
+    ("data.remote.path=5", "data.remote.path is 5; it must be text or null"),
+    ("data.remote=x", "data.remote is 'x'; it must be"),
     ("+sae.banana=1", "sae.banana is unknown here; leave it out"),
     ("trainer.checkpoint_every=0", "trainer.checkpoint_every is 0; it must be at least 1"),
     ("evaluation.n_rows=1.5", "evaluation.n_rows is 1.5; it must be a whole number"),

@@ -234,8 +234,17 @@ def test_the_readme_snippet_runs(sweep):
     torch.testing.assert_close(names["code"].to_dense(), names["latents"])
 
 
+def test_gradients_are_clipped(run, sweep):
+    status, printed = run("sweep=clip", "sae=topk", "l0_target=10", "trainer.gradient_clip_val=1e-12")
+    assert status == 0, printed
+    record = read_record(sweep.parent / "clip" / "topk-l0_10-seed_0-trainer.gradient_clip_val=1e-12")
+    assert record["fvu"] > 1.05 * read_record(sweep / "topk-l0_10-seed_0")["fvu"]  # far below Adam's epsilon nothing moves
+    status, printed = run("sweep=clip", "sae=topk", "l0_target=10", "trainer.gradient_clip_val=0")
+    assert status == 2 and "trainer.gradient_clip_val is 0; it must be positive, or null for none" in printed
+
+
 def test_the_readme_commands_compose():
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parent.parent / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"python -m sae_zoo\.(\w+)([^#\n`&]*)", readme)
     assert len(commands) > 10
     for entry, overrides in commands:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from sae_zoo.data.activations import Activations
-from sae_zoo.data.shards import ShardStream, read_header
+from sae_zoo.data.folders import Folder, Found, LocalFolder
+from sae_zoo.data.shards import ShardStream, StoredTensor
 from sae_zoo.files import locked
 from sae_zoo.records import digest
 
@@ -65,17 +66,23 @@ class Cache(Activations):
     """A finished cache; made by :func:`open_cache`.
 
     Attributes:
-        path: its folder.
+        folder: where it lies.
         manifest: its facts, see CACHE_FORMAT.md.
+        stored: the tensors of each of its files, by the names of file and tensor.
         cache_id: its name; also its ``data_id``.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]):
-        self.path, self.manifest = path, manifest
+    def __init__(self, folder: Folder, manifest: dict[str, Any], stored: Mapping[str, Mapping[str, StoredTensor]]):
+        self.folder, self.manifest, self.stored = folder, manifest, stored
         self.cache_id: str = manifest["cache_id"]
         self.data_id = self.cache_id
         self.d_in: int = manifest["d_in"]
         self.mean_squared_norm: float = manifest["mean_squared_norm"]
+
+    @property
+    def path(self) -> Path | str:
+        """Its folder on a disk of this machine, or its URL."""
+        return self.folder.path
 
     def files(self) -> list[dict[str, Any]]:
         """Every file but the manifest: ``file`` (relative), ``rows``, ``bytes``, ``sha256``."""
@@ -102,13 +109,13 @@ class Cache(Activations):
 
     def tokens(self, split: str) -> Tensor:
         """The packed tokens that the language model read, int32 [n_sequences, context_size]."""
-        stored = read_header(self.path / self._split(split)["tokens"]["file"])["tokens"]
+        stored = self.stored[self._split(split)["tokens"]["file"]]["tokens"]
         table = torch.empty(stored.shape, dtype=stored.dtype)
         stored.read_into(table)
         return table
 
     def stream(self, split: str, seed: int) -> ShardStream:
-        return ShardStream([self.path / shard["file"] for shard in self._split(split)["shards"]], seed)
+        return ShardStream(self.shards(split, "activations"), seed)
 
     def verify_hashes(self) -> None:
         """Compare the SHA-256 of every file with the manifest; reads the whole cache.
@@ -117,9 +124,9 @@ class Cache(Activations):
             ValueError: at the first file whose content has changed.
         """
         for entry in self.files():
-            with open(self.path / entry["file"], "rb") as file:
+            with self.folder.file(entry).open() as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                    raise _damaged(self.path, f"the SHA-256 of {entry['file']} is not the manifest's")
+                    raise _damaged(self.folder, f"the SHA-256 of {entry['file']} is not the manifest's")
 
     def _split(self, split: str) -> dict[str, Any]:
         splits = self.manifest["splits"]
@@ -127,69 +134,83 @@ class Cache(Activations):
             raise ValueError(f"split {split!r} is not in {self.cache_id}; it has {', '.join(splits)}")
         return splits[split]
 
+    def shards(self, split: str, name: str) -> list[StoredTensor]:
+        """The tensor ``name`` of every shard."""
+        return [self.stored[shard["file"]][name] for shard in self._split(split)["shards"]]
+
     def _read(self, split: str, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of the tensor ``name``, across shards."""
         self._check_range(split, start, stop)
-        shards, size = self._split(split)["shards"], self.manifest["rows_per_shard"]
-        like = read_header(self.path / shards[0]["file"])[name]
-        out = torch.empty(stop - start, *like.shape[1:], dtype=like.dtype)
+        shards, size = self.shards(split, name), self.manifest["rows_per_shard"]
+        out = torch.empty(stop - start, *shards[0].shape[1:], dtype=shards[0].dtype)
         for i in range(start // size, math.ceil(stop / size)):
             first, last = max(start, i * size), min(stop, (i + 1) * size)
-            stored = read_header(self.path / shards[i]["file"])[name]
-            stored.read_into(out[first - start : last - start], first - i * size)
+            shards[i].read_into(out[first - start : last - start], first - i * size)
         return out
 
 
-def open_cache(path: Path | str, *, verify: str = "sizes") -> Cache:
+def open_cache(place: Path | str | Folder, *, verify: str = "sizes") -> Cache:
     """Open a finished cache and check that its manifest and its files agree.
 
     Args:
+        place: its folder; see :class:`~sae_zoo.data.remote.RemoteFolder` for one that is not on this machine.
         verify: ``"sizes"`` looks at the size and the header of every file; ``"hashes"`` then also reads all of them.
 
     Raises:
-        ValueError: in one line, if there is no cache or it is damaged.
+        ValueError: in one line, if there is no cache, it is damaged, or cannot be reached.
     """
     if verify not in ("sizes", "hashes"):
         raise ValueError(f"verify is {verify!r}; it must be 'sizes' or 'hashes'")
-    path = Path(path)
-    cache = Cache(path, _read_manifest(path))
-    dtype = DTYPES[cache.manifest["dtype"]]
-    for split in cache.manifest["splits"].values():
-        table = split["tokens"]
-        _check_file(path, table, {"tokens": (torch.int32, (table["rows"], table["context_size"]))})
-        for shard in split["shards"]:
-            n = shard["rows"]
-            _check_file(path, shard, {"activations": (dtype, (n, cache.d_in)),
-                                      **{name: (torch.int32, (n,)) for name in Origin._fields}})
+    folder = LocalFolder(Path(place)) if isinstance(place, (Path, str)) else place
+    manifest = _read_manifest(folder)
+    expected = _expected(manifest)
+    stored = {}
+    for (entry, tensors), found in zip(expected, folder.look([entry for entry, _ in expected]), strict=True):
+        _check_file(folder, entry, found, tensors)
+        stored[entry["file"]] = found.tensors
+    cache = Cache(folder, manifest, stored)
     if verify == "hashes":
         cache.verify_hashes()
     return cache
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"cache {path} is damaged: {what}; delete the folder to harvest it again")
+def _expected(manifest: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...]]]]]:
+    """Every file entry of a manifest, with type and shape of the tensors in it."""
+    files = []
+    for split in manifest["splits"].values():
+        table = split["tokens"]
+        files.append((table, {"tokens": (torch.int32, (table["rows"], table["context_size"]))}))
+        for shard in split["shards"]:
+            n = shard["rows"]
+            files.append((shard, {"activations": (DTYPES[manifest["dtype"]], (n, manifest["d_in"])),
+                                  **{name: (torch.int32, (n,)) for name in Origin._fields}}))
+    return files
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the cache in ``path``, whole and consistent in itself."""
-    file = path / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"{path} is not a cache: it has no {MANIFEST}; harvest it first")
+def _damaged(folder: Folder, what: str) -> ValueError:
+    return ValueError(f"cache {folder} is damaged: {what}; {folder.remedy}")
+
+
+def _read_manifest(folder: Folder) -> dict[str, Any]:
+    """The manifest of the cache in ``folder``, whole and consistent in itself."""
+    text = folder.read(MANIFEST)
+    if text is None:
+        raise ValueError(f"{folder} is not a cache: it has no {MANIFEST}; harvest it first")
     try:
-        manifest = json.loads(file.read_text())
+        manifest = json.loads(text)
         version = manifest["format_version"]
     except (ValueError, KeyError, TypeError):
-        raise _damaged(path, f"{MANIFEST} is not a JSON object with a format_version") from None
+        raise _damaged(folder, f"{MANIFEST} is not a JSON object with a format_version") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"cache {path} has format version {version}, this program reads {FORMAT_VERSION}; use the "
-                         "version of sae_zoo that wrote it, or delete the folder to harvest it again")
+        raise ValueError(f"cache {folder} has format version {version}, this program reads {FORMAT_VERSION}; use the "
+                         f"version of sae_zoo that wrote it, or {folder.remedy}")
     missing = [key for key in _KEYS if key not in manifest]
     if missing:
-        raise _damaged(path, f"{MANIFEST} lacks {missing[0]}")
+        raise _damaged(folder, f"{MANIFEST} lacks {missing[0]}")
     if manifest["digest"] != manifest_digest(manifest):  # from here on its content is the writer's
-        raise _damaged(path, f"{MANIFEST} was changed after it was written")
-    if manifest["cache_id"] != path.resolve().name:
-        raise ValueError(f"cache {path} calls itself {manifest['cache_id']}; give the folder that name, or delete it")
+        raise _damaged(folder, f"{MANIFEST} was changed after it was written")
+    if manifest["cache_id"] != folder.name:
+        raise ValueError(f"cache {folder} calls itself {manifest['cache_id']}; give the folder that name, or delete it")
     return manifest
 
 
@@ -198,16 +219,13 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in manifest.items() if key != "digest"})
 
 
-def _check_file(path: Path, entry: dict[str, Any], tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+def _check_file(folder: Folder, entry: dict[str, Any], found: Found | None,
+                tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
     """Raise ValueError unless a file has the size that the manifest says, and exactly these tensors."""
-    name, file = entry["file"], path / entry["file"]
-    if not file.is_file():
-        raise _damaged(path, f"{name} is missing")
-    if file.stat().st_size != entry["bytes"]:
-        raise _damaged(path, f"{name} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
-    try:
-        found = {tensor: (stored.dtype, stored.shape) for tensor, stored in read_header(file).items()}
-    except ValueError:
-        found = None
-    if found != tensors:
-        raise _damaged(path, f"{name} does not hold the tensors that the manifest says; it belongs to another cache")
+    name = entry["file"]
+    if found is None:
+        raise _damaged(folder, f"{name} is missing")
+    if found.n_bytes != entry["bytes"]:
+        raise _damaged(folder, f"{name} has {found.n_bytes} bytes, the manifest says {entry['bytes']}")
+    if {tensor: (stored.dtype, stored.shape) for tensor, stored in (found.tensors or {}).items()} != tensors:
+        raise _damaged(folder, f"{name} does not hold the tensors that the manifest says; it belongs to another cache")

@@ -19,7 +19,7 @@ from sae_zoo.lm.load import LoadedLM
 
 log = logging.getLogger(__name__)
 
-_HASHED_UP_TO_BYTES = 4_000_000_000  # a few seconds of reading
+HASHED_UP_TO_BYTES = 4_000_000_000  # a few seconds of reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class HarvestSpec:
                 raise ValueError(f"data.n_tokens.{split} is {n}; it must be at least 1")
 
 
-def _identity(lm: LoadedLM, hook: HookPoint, corpus_fingerprint: str, spec: HarvestSpec) -> dict:
+def identity_of(lm: LoadedLM, hook: HookPoint, corpus_fingerprint: str, spec: HarvestSpec) -> dict:
     # The rows of a forward pass are left out on purpose: they change the activations by rounding only.
     return {"format_version": FORMAT_VERSION, "lm": lm.fingerprint, "lm_dtype": str(lm.model.dtype),
             "hook": asdict(hook), "corpus": corpus_fingerprint, **asdict(spec), "n_tokens": dict(spec.n_tokens)}
@@ -75,7 +75,7 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
     root = Path(root)
     fingerprint = corpus.fingerprint()
     points = {hook.name: hook for hook in (*hooks, *along)}
-    identities = {name: _identity(lm, hook, fingerprint, spec) for name, hook in points.items()}
+    identities = {name: identity_of(lm, hook, fingerprint, spec) for name, hook in points.items()}
     ids = {name: make_cache_id(lm=lm_name, hook=name, identity=identity) for name, identity in identities.items()}
     if all((root / ids[hook.name] / MANIFEST).exists() for hook in hooks):
         points = {hook.name: hook for hook in hooks}  # no pass, so nothing along with it
@@ -121,7 +121,7 @@ def _open(path: Path, width: int) -> Cache:
     if cache.d_in != width:
         raise ValueError(f"cache {path} has rows of {cache.d_in} numbers, but the hook point gives {width}; it belongs to "
                          "another language model: delete the folder to harvest it again")
-    if cache.n_bytes <= _HASHED_UP_TO_BYTES:
+    if cache.n_bytes <= HASHED_UP_TO_BYTES:
         cache.verify_hashes()
     return cache
 

@@ -220,7 +220,7 @@ class OnlineActivations(Cache):
 
     def __init__(self, held_out: Cache, lm: LoadedLM, lm_name: str, hook: HookPoint, corpus: Corpus, spec: HarvestSpec,
                  *, buffer_rows: int, batch_size: int):
-        super().__init__(held_out.path, held_out.manifest)
+        super().__init__(held_out.folder, held_out.manifest, held_out.stored)
         identity = {**held_out.manifest["identity"], "n_tokens": dict(spec.n_tokens)}
         self.data_id = make_cache_id(lm=lm_name, hook=hook.name, identity=identity)
         packed = pack(corpus.documents("train"), lm.tokenizer, spec.context_size, spec.n_tokens["train"])

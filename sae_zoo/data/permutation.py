@@ -13,18 +13,41 @@ import hashlib
 import math
 
 import numpy as np
+from numba import njit
 
 _N_ROUNDS = 8
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Hash uint64 values in place and return them: the finaliser of splitmix64 (Steele et al. 2014)."""
-    x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    x ^= x >> np.uint64(31)
-    return x
+@njit(nogil=True, cache=True)
+def _mix(x):
+    """Hash a uint64: the finaliser of splitmix64 (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@njit(nogil=True, cache=True)
+def _shifted(half, other, key, size):
+    """``half`` in [0, size), shifted by a hash of the other half."""
+    # 32 random bits times size, divided by 2^32: uniform in [0, size), no slow modulo
+    half += ((_mix(other + key) >> np.uint64(32)) * size) >> np.uint64(32)
+    return half - size if half >= size else half
+
+
+@njit(nogil=True, cache=True)
+def _permute(values, n, n_left, n_right, keys):
+    """Replace each of ``values`` [m] uint64 by where it goes."""
+    for i in range(values.shape[0]):
+        x = values[i]
+        while True:
+            left, right = x // n_right, x % n_right
+            for r in range(0, keys.shape[0], 2):
+                left = _shifted(left, right, keys[r], n_left)
+                right = _shifted(right, left, keys[r + 1], n_right)
+            x = left * n_right + right
+            if x < n:
+                break
+        values[i] = x
 
 
 class Permutation:
@@ -43,10 +66,10 @@ class Permutation:
             raise ValueError(f"a permutation of {n} elements was asked for; it needs at least 1")
         self.n = n
         n_left = math.isqrt(n - 1) + 1
-        self._sizes = np.uint64(n_left), np.uint64(-(-n // n_left))
+        self._sizes = np.uint64(n), np.uint64(n_left), np.uint64(-(-n // n_left))
         text = "/".join(str(int(part)) for part in seed)
-        self._keys = [np.uint64(int.from_bytes(hashlib.sha256(f"{text}/{i}".encode()).digest()[:8], "little"))
-                      for i in range(_N_ROUNDS)]
+        self._keys = np.array([int.from_bytes(hashlib.sha256(f"{text}/{i}".encode()).digest()[:8], "little")
+                               for i in range(_N_ROUNDS)], np.uint64)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         """Where each of ``indices`` (integers in ``[0, n)``, any shape) goes: int64 of the same shape.
@@ -57,23 +80,6 @@ class Permutation:
         indices = np.asarray(indices)
         if indices.size and not (0 <= indices.min() and indices.max() < self.n):
             raise ValueError(f"indices {indices.min()} to {indices.max()} were given; they must be in [0, {self.n})")
-        flat = self._network(indices.astype(np.uint64).ravel())
-        outside = np.flatnonzero(flat >= self.n)
-        while outside.size:
-            flat[outside] = self._network(flat[outside])
-            outside = outside[flat[outside] >= self.n]
+        flat = indices.astype(np.uint64).ravel()
+        _permute(flat, *self._sizes, self._keys)
         return flat.astype(np.int64).reshape(indices.shape)
-
-    def _network(self, x: np.ndarray) -> np.ndarray:
-        """One pass through the network: a bijection on ``[0, n_left * n_right)``."""
-        n_right = self._sizes[1]
-        halves = [x // n_right, x % n_right]
-        for i, key in enumerate(self._keys):
-            changed, size = halves[i % 2], self._sizes[i % 2]
-            shift = _mix(halves[1 - i % 2] + key)
-            shift >>= np.uint64(32)  # 32 random bits times size, divided by 2^32: uniform in [0, size), no slow modulo
-            shift *= size
-            shift >>= np.uint64(32)
-            changed += shift
-            np.subtract(changed, size, out=changed, where=changed >= size)
-        return halves[0] * n_right + halves[1]

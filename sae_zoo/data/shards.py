@@ -4,25 +4,51 @@ from __future__ import annotations
 
 import json
 import math
-import os
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae_zoo.data.gather import Gather
 from sae_zoo.data.permutation import Permutation
 
 # safetensors' names of the types that are stored, https://huggingface.co/docs/safetensors
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 
 
+class StoredFile(Protocol):
+    """A file of a cache, wherever it lies; ``str()`` of it names it for people."""
+
+    def open(self) -> BinaryIO:
+        """All of it, from its first byte on, as a file on a disk of this machine.
+
+        Raises:
+            ValueError: in one line, if it cannot be had.
+        """
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on a disk of this machine."""
+
+    path: Path
+
+    def open(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 class StoredTensor(NamedTuple):
     """Where a tensor lies in a safetensors file: ``offset`` in bytes from the file's start; dtype None if not ours."""
 
-    path: Path
+    file: StoredFile
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     offset: int
@@ -35,45 +61,47 @@ class StoredTensor(NamedTuple):
         """
         # Not a memory map: a plain read is sequential, goes into memory that is already there, and frees the GIL.
         target = out.view(torch.uint8).reshape(-1).numpy()
-        with open(self.path, "rb") as file:
+        with self.file.open() as file:
             file.seek(self.offset + first * math.prod(self.shape[1:]) * out.element_size())
             if file.readinto(target) != target.nbytes:
-                raise ValueError(f"{self.path} ends too early; delete the cache's folder to harvest it again")
+                raise ValueError(f"{self.file} ends too early; delete the cache's folder to harvest it again")
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
+def stored_tensors(file: StoredFile, header: bytes) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name.
 
+    Args:
+        header: the JSON that follows the first 8 bytes of the file, which are its length.
+
     Raises:
-        ValueError: if the file is not one.
+        ValueError: if it is not such a header.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        start, size = 8 + length, os.fstat(file.fileno()).st_size
-        try:
-            header = json.loads(file.read(length)) if start <= size else None
-            header.pop("__metadata__", None)
-            return {name: StoredTensor(path, _TORCH_DTYPES.get(entry["dtype"]), tuple(entry["shape"]),
-                                       start + entry["data_offsets"][0]) for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            raise ValueError(f"{path} is not a safetensors file: its header cannot be read") from None
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        return {name: StoredTensor(file, _TORCH_DTYPES.get(entry["dtype"]), tuple(entry["shape"]),
+                                   8 + len(header) + entry["data_offsets"][0]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{file} is not a safetensors file: its header cannot be read") from None
 
 
 class ShardStream:
     """An endless stream over shards: every pass takes the shards, and the rows inside each, in a new seeded order.
 
-    A shard is read whole while the one before it is in use, into one of two buffers that are kept.
+    A shard is read whole (and fetched, where it lies elsewhere) while the one before it is in use, into one of two
+    buffers that are kept.
 
     Args:
-        paths: the shards, none longer than the first.
+        shards: the rows of each, none longer than the first.
     """
 
-    def __init__(self, paths: list[Path], seed: int):
-        self._shards = [read_header(path)["activations"] for path in paths]
+    def __init__(self, shards: Sequence[StoredTensor], seed: int):
+        self._shards = shards
         self._n_rows = np.array([shard.shape[0] for shard in self._shards])
         self._seed = seed
         shape, dtype = self._shards[0].shape, self._shards[0].dtype
         self._buffers = [torch.empty(shape, dtype=dtype) for _ in range(2)]
+        self._gather = Gather()
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
         self._loading: dict[int, Future] = {}
         self._pass: int | None = None
@@ -90,11 +118,7 @@ class ShardStream:
             rows, order = self._shard(pass_ * len(self._shards) + place)
             at = offset - (int(self._ends[place]) - len(order))
             taken = order[at : at + count - done]
-            target = out[done : done + len(taken)]
-            if rows.dtype == out.dtype:
-                torch.index_select(rows, 0, taken, out=target)
-            else:
-                target.copy_(rows.index_select(0, taken))
+            self._gather(rows, taken, out[done : done + len(taken)])
             done += len(taken)
         return out
 

@@ -85,7 +85,8 @@ def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tok
     first ``n_tokens`` of ``tokens``; arguments as for :func:`score_in_lm`.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
-    found = [uniformity(sae.encode_sparse(x), sae.W_dec, gradient.to(x.device)) for x, gradient in gradients(
+    device = sae.W_dec.device
+    found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in gradients(
         lm.model, hook, tokens, _not_special(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
         batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)]
     return float(torch.cat(found).nanmean())

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -91,21 +92,26 @@ def _progress_bar(shown: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32",
-            device: torch.device | str = "cpu") -> LoadedLM:
+def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | str = "cpu",
+            device_map: str | None = None) -> LoadedLM:
     """Load a causal language model and its tokenizer; safetensors only, and never code from the model's repository.
 
     Args:
         path: ``builtin``, a folder as ``save_pretrained`` writes it, or a name on the Hugging Face hub.
         revision: a commit, tag or branch of the hub; None is main.
         dtype: float32, bfloat16 or float16; not part of the fingerprint.
+        device_map: how transformers is to spread the layers over all devices, ``auto`` say; needs ``accelerate``. None
+            puts the model on ``device`` whole.
 
     Raises:
-        ValueError: if the dtype is unknown, ``path`` is neither a folder nor a hub model within reach, there is no
+        ValueError: if the dtype is unknown, a device map cannot be had, ``path`` is neither a folder nor a hub model within reach, there is no
             complete model in it, or a folder is given a revision.
     """
     if dtype not in DTYPES:
         raise ValueError(f"lm.dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    if device_map is not None and find_spec("accelerate") is None:
+        raise ValueError(f"lm.device_map is {device_map!r}, which needs the accelerate package: pip install accelerate, or "
+                         "leave it null")
     folder = BUILTIN if path == "builtin" else Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
@@ -119,7 +125,8 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32",
     try:
         with _progress_bar(shown=sum(f.stat().st_size for f in files) > _QUIET_BELOW_BYTES):
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+                folder, dtype=DTYPES[dtype], device_map=device_map, use_safetensors=True, trust_remote_code=False,
+                output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"lm.path: {folder} cannot be loaded as a causal language model: {error}") from error
@@ -127,5 +134,7 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32",
         missing = sorted(report["missing_keys"])
         raise ValueError(f"lm.path: {folder} lacks {len(missing)} of the model's weights, {missing[0]} among them; "
                          "its config.json and its *.safetensors do not belong together")
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
+    if device_map is None:
+        model.to(device)
     return LoadedLM(model, tokenizer, fingerprint, path, count_layers(model))

@@ -455,9 +455,10 @@ def test_bad_batches(built, arguments, message):
 # --------------------------------------------------------------------------------------------------- memory, processes
 
 MEASURE = """
-import sys, torch
+import sys, numpy as np, torch
 from sae_zoo.data import cache_writer
 from sae_zoo.data.cache import make_cache_id
+from sae_zoo.data.permutation import Permutation
 from sae_zoo.data.corpus import SPLITS, PackedTokens
 
 def peak_megabytes():
@@ -467,6 +468,7 @@ torch.set_num_threads(1)
 cache_writer._BUFFER_BYTES = 1 << 21
 tokens = PackedTokens(torch.ones(24, 1024, dtype=torch.int32), (), 1, 1)
 n_rows = dict.fromkeys(SPLITS, 24 * 1024)
+Permutation(2, 0)(np.arange(2))  # loads the compiler, once
 writer = cache_writer.CacheWriter(sys.argv[1], make_cache_id(lm="m", hook="h", identity={}), identity={}, d_in=512,
                                   dtype="float32", splits=n_rows, rows_per_shard=1024, seed=0)
 before = peak_megabytes()

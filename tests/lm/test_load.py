@@ -91,6 +91,22 @@ def test_dtype_decides_the_weights_but_not_the_fingerprint(saved, dtype):
     assert lm.fingerprint == load_lm(str(saved[0])).fingerprint
 
 
+def test_a_model_that_is_spread_over_devices_computes_the_same(saved):
+    pytest.importorskip("accelerate")
+    whole, spread = load_lm(str(saved[0])), load_lm(str(saved[0]), device_map="auto")
+    assert spread.fingerprint == whole.fingerprint and not any(p.requires_grad for p in spread.model.parameters())
+    ids = torch.arange(12).reshape(2, 6) % 200
+    hooks = [resolve_hook(lm.model, "auto", 1, "residual") for lm in (whole, spread)]
+    a, b = (capture(lm.model, [hook], ids)[hook.name] for lm, hook in zip((whole, spread), hooks, strict=True))
+    assert torch.equal(a.cpu(), b.cpu())
+
+
+def test_a_device_map_without_accelerate(saved, monkeypatch):
+    monkeypatch.setattr("sae_zoo.lm.load.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="lm.device_map is 'auto', which needs the accelerate package: pip install"):
+        load_lm(str(saved[0]), device_map="auto")
+
+
 def test_the_fingerprint_is_that_of_the_contents(saved, folder):
     reference = load_lm(str(saved[0])).fingerprint
     (folder / "README.md").write_text("a model card")
@@ -184,7 +200,7 @@ def test_the_lm_configs_say_the_same_things():
     configs = {file.stem: OmegaConf.load(file) for file in (CONF / "lm").glob("*.yaml")}
     assert set(configs) >= {"builtin", "gemma2_2b", "gemma2_9b", "hf"}
     for name, config in configs.items():
-        assert list(config) == ["name", "path", "revision", "dtype", "context_size", "batch_size", "sites"], name
+        assert list(config) == ["name", "path", "revision", "dtype", "device_map", "context_size", "batch_size", "sites"], name
         assert config.dtype in load.DTYPES
         assert name == "hf" or config.name == name
 
