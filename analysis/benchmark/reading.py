@@ -35,7 +35,7 @@ from sae_zoo.data.corpus import SPLITS, PackedTokens
 from sae_zoo.data.shards import ShardStream
 from sae_zoo.memory import keep_freed_memory
 
-_D_IN, _CONTEXT, _ROWS_PER_SHARD = 3584, 1024, 16384  # Gemma 2 9B's residual stream
+_D_IN, _CONTEXT, _ROWS_PER_SHARD = 3584, 1024, 65536  # Gemma 2 9B's residual stream
 _SEED = 0
 _DIMENSIONS = 64  # rows are looked at in a random projection, so that a whole pass of them fits into memory
 _PERFECT = 20  # perfect shuffles
@@ -136,7 +136,9 @@ class _Buffer:
 
 
 class _Stream:
-    """Every other pass of a stream, so that none finds a shard that was read ahead in the one before."""
+    """Pass after pass of a stream. Each finds its first shard read ahead, and ends when that of the next has been read, so
+    that it reads as many as it gives.
+    """
 
     def __init__(self, cache: Cache, batch: int):
         self._stream, self._batch, self._n_rows = cache.stream("train", _SEED), batch, cache.n_rows("train")
@@ -145,7 +147,9 @@ class _Stream:
     def read(self) -> None:
         for first in range(0, self._n_rows, self._batch):
             self._stream.read(self._pass * self._n_rows + first, min(self._batch, self._n_rows - first))
-        self._pass += 2
+        for loading in self._stream._loading.values():
+            loading.result()
+        self._pass += 1
 
 
 def _forget(paths: list[Path]) -> None:
@@ -235,7 +239,7 @@ def shuffle_quality(cache: Cache, batch: int) -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(_SEED)
     projection = torch.randn(cache.d_in, _DIMENSIONS, generator=generator) if cache.d_in > _DIMENSIONS else None
     n_batches = cache.n_rows("train") // batch
-    rows = torch.cat([x if projection is None else x @ projection
+    rows = torch.cat([x.float() if projection is None else x.float() @ projection
                       for x in cache.batches("train", batch, n_batches=n_batches, seed=_SEED)])
     # Read in the same order: the permutation of a shard depends on its number of rows alone.
     columns = [torch.cat(list(Batches(ShardStream([shard._replace(shape=(*shard.shape, 1)) for shard in

@@ -27,7 +27,9 @@ class RowStream(Protocol):
     """An endless sequence of rows: pass after pass over a split, each pass in its own seeded order."""
 
     def read(self, first: int, count: int) -> Tensor:
-        """Rows ``first`` to ``first + count`` of the sequence, float32 [count, d_in]; fast when read in order."""
+        """Rows ``first`` to ``first + count`` of the sequence, [count, d_in], float32 or the 16-bit type in which they are
+        stored; fast when read in order. Not to be written to.
+        """
 
 
 class Batches:
@@ -65,7 +67,7 @@ class Batches:
         return self.n_batches
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields float32 [batch_size / world_size, d_in]."""
+        """Yields [batch_size / world_size, d_in], float32 or the 16-bit type in which the rows are stored."""
         while self.step < self.n_batches:
             first = self.step * self.batch_size + self.rank * self.rows_of_rank
             self.step += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_zoo.data.gather import Gather
 from sae_zoo.data.permutation import Permutation
 
 # safetensors' names of the types that are stored, https://huggingface.co/docs/safetensors
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
+_PIECE_BYTES = 1 << 20  # of a shard that is put into its order at a time
 
 
 class StoredFile(Protocol):
@@ -62,9 +63,38 @@ class StoredTensor(NamedTuple):
         # Not a memory map: a plain read is sequential, goes into memory that is already there, and frees the GIL.
         target = out.view(torch.uint8).reshape(-1).numpy()
         with self.file.open() as file:
-            file.seek(self.offset + first * math.prod(self.shape[1:]) * out.element_size())
+            file.seek(self.offset + first * self._row_bytes)
             if file.readinto(target) != target.nbytes:
-                raise ValueError(f"{self.file} ends too early; delete the cache's folder to harvest it again")
+                raise self._too_short()
+
+    def read_permuted(self, out: Tensor, order: np.ndarray) -> None:
+        """Fill ``out`` (contiguous, same dtype and shape) so that row i of it is row ``order[i]`` of the tensor.
+
+        Raises:
+            ValueError: if the file ends before.
+        """
+        n = len(order)
+        target = out.view(torch.uint8).view(n, self._row_bytes).numpy()
+        place = np.empty(n, np.int64)
+        place[order] = np.arange(n)
+        # Through a piece that stays in the processor's cache: the disk is read in order, and every row goes once to
+        # memory, where it belongs. Reading the whole shard first would pass all of it through memory twice.
+        rows = max(1, _PIECE_BYTES // self._row_bytes)
+        piece = np.empty((min(n, rows), self._row_bytes), np.uint8)
+        with self.file.open() as file:
+            file.seek(self.offset)
+            for first in range(0, n, rows):
+                part = piece[: n - first]
+                if file.readinto(part.reshape(-1)) != part.nbytes:
+                    raise self._too_short()
+                target[place[first : first + len(part)]] = part
+
+    @property
+    def _row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+    def _too_short(self) -> ValueError:
+        return ValueError(f"{self.file} ends too early; delete the cache's folder to harvest it again")
 
 
 def stored_tensors(file: StoredFile, header: bytes) -> dict[str, StoredTensor]:
@@ -88,8 +118,8 @@ def stored_tensors(file: StoredFile, header: bytes) -> dict[str, StoredTensor]:
 class ShardStream:
     """An endless stream over shards: every pass takes the shards, and the rows inside each, in a new seeded order.
 
-    A shard is read whole (and fetched, where it lies elsewhere) while the one before it is in use, into one of two
-    buffers that are kept.
+    A shard is read whole (and fetched, where it lies elsewhere) while the one before it is in use. What is read of it are
+    views of its memory, which is used again when the last of them is gone: two shards and what readers hold on to.
 
     Args:
         shards: the rows of each, none longer than the first.
@@ -99,37 +129,31 @@ class ShardStream:
         self._shards = shards
         self._n_rows = np.array([shard.shape[0] for shard in self._shards])
         self._seed = seed
-        shape, dtype = self._shards[0].shape, self._shards[0].dtype
-        self._buffers = [torch.empty(shape, dtype=dtype) for _ in range(2)]
-        self._gather = Gather()
+        self._memory: list[_Memory] = []
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="shards")
         self._loading: dict[int, Future] = {}
         self._pass: int | None = None
 
     def read(self, first: int, count: int) -> Tensor:
-        """Rows ``first`` to ``first + count`` of the stream, float32 [count, d_in]."""
-        out = torch.empty(count, self._shards[0].shape[1])
-        done = 0
-        while done < count:
-            pass_, offset = divmod(first + done, int(self._n_rows.sum()))
+        """Rows ``first`` to ``first + count`` of the stream as stored, [count, d_in]."""
+        parts = []
+        while count:
+            pass_, offset = divmod(first, int(self._n_rows.sum()))
             if pass_ != self._pass:
                 self._pass, self._ends = pass_, np.cumsum(self._n_rows[self._order(pass_)])
             place = int(np.searchsorted(self._ends, offset, side="right"))
-            rows, order = self._shard(pass_ * len(self._shards) + place)
-            at = offset - (int(self._ends[place]) - len(order))
-            taken = order[at : at + count - done]
-            self._gather(rows, taken, out[done : done + len(taken)])
-            done += len(taken)
-        return out
+            rows = self._shard(pass_ * len(self._shards) + place)
+            at = offset - (int(self._ends[place]) - len(rows))
+            parts.append(rows[at : at + count])
+            first, count = first + len(parts[-1]), count - len(parts[-1])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _order(self, pass_: int) -> np.ndarray:
         """The shards in the order of a pass."""
         return Permutation(len(self._shards), self._seed, pass_)(np.arange(len(self._shards)))
 
-    def _shard(self, place: int) -> tuple[Tensor, Tensor]:
-        """Rows and their order of the shard at ``place`` of the endless sequence of shards; starts to read the next."""
-        # `place` uses buffer place % 2 and its successor the other one, which held a shard that is used up by now. The
-        # one reading thread works in order, so what it still reads for an abandoned place is overwritten, not mixed in.
+    def _shard(self, place: int) -> Tensor:
+        """The rows, in their order, of the shard at ``place`` of the endless sequence of shards; starts to read the next."""
         ahead = {p: loading for p, loading in self._loading.items() if p in (place, place + 1)}
         for p in (place, place + 1):
             if p not in ahead:
@@ -137,10 +161,28 @@ class ShardStream:
         self._loading = ahead
         return ahead[place].result()
 
-    def _load(self, place: int) -> tuple[Tensor, Tensor]:
+    def _load(self, place: int) -> Tensor:
         pass_, i = divmod(place, len(self._shards))
         which = int(self._order(pass_)[i])
-        rows = self._buffers[place % 2][: self._n_rows[which]]
-        self._shards[which].read_into(rows)
-        order = Permutation(len(rows), self._seed, pass_, which)(np.arange(len(rows)))
-        return rows, torch.from_numpy(order)
+        shard, n = self._shards[which], int(self._n_rows[which])
+        rows = self._free().view(shard.dtype).view(-1, *shard.shape[1:])[:n]
+        shard.read_permuted(rows, Permutation(n, self._seed, pass_, which)(np.arange(n)))
+        return rows
+
+    def _free(self) -> Tensor:
+        """Memory for any shard that no tensor is on; the reading thread alone asks for it."""
+        memory = next((memory for memory in self._memory if memory.is_free), None)
+        if memory is None:
+            largest = self._shards[0]
+            memory = _Memory(np.empty(math.prod(largest.shape) * largest.dtype.itemsize, np.uint8))
+            self._memory.append(memory)
+        return torch.from_numpy(memory.array)
+
+
+class _Memory(NamedTuple):
+    array: np.ndarray
+
+    @property
+    def is_free(self) -> bool:
+        # Every tensor on it holds a reference to it. What is left: this tuple's, and that of getrefcount's argument.
+        return sys.getrefcount(self.array) == 2

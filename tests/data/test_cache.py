@@ -424,10 +424,11 @@ def test_slices_of_ranks_make_the_global_batch(built, world_size):
         assert torch.equal(torch.cat(parts), whole)
 
 
-def test_batches_of_16_bit_caches_are_float32(tmp_path):
-    cache = harvest(tmp_path, dtype="bfloat16")[0]
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_batches_come_in_the_type_that_is_stored(tmp_path, dtype):
+    cache = harvest(tmp_path, dtype=dtype)[0]
     (batch,) = cache.batches("train", 157, n_batches=1, seed=0)
-    assert batch.dtype == torch.float32
+    assert batch.dtype == getattr(torch, dtype)
     assert sorted_rows(batch) == sorted_rows(cache.rows("train", 0, 157))
 
 

@@ -57,6 +57,12 @@ def test_every_variant_has_a_config():
     assert {config(path.stem).sae.variant for path in (CONFIG_DIR / "sae").glob("*.yaml")} == set(variants())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_are_widened_by_the_sae(sae, dtype):
+    x = activations().to(dtype)
+    assert sae.loss(x).total == sae.loss(x.float()).total
+
+
 def latents_of_step(sae, raw):
     """Pre-activations and latents of a training step, in normalised units, from tensor operations on everything."""
     pre_acts = (raw / sae.input_scale - sae.b_dec) @ sae.W_enc + getattr(sae, sae.encoder_bias)
