@@ -1,6 +1,7 @@
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import torch  # noqa: E402
 from hydra.core.global_hydra import GlobalHydra  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors of most tests are tiny
+if "PYTEST_XDIST_WORKER" in os.environ:  # such a worker ignores Ctrl-C, and tests look at what it does
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
