@@ -30,7 +30,7 @@ from sae_zoo.memory import keep_freed_memory
 from sae_zoo.records import digest
 from sae_zoo.saes import SAE, variant_class
 from sae_zoo.training.recipe import Recipe
-from sae_zoo.typed import check_types, types_of
+from sae_zoo.typed import check_complete, check_types, types_of
 
 # In a checkout conf/ stands beside the package; in a wheel it is inside it.
 _PACKAGE = Path(__file__).resolve().parent
@@ -183,10 +183,11 @@ def build_corpus(cfg: DictConfig) -> Corpus:
         ValueError: if its name is unknown, or it is empty.
     """
     arguments = OmegaConf.to_container(cfg, resolve=True)
-    name = arguments.pop("name")
+    name = arguments.pop("name", None)
     if str(name) not in CORPORA:
         raise ValueError(f"corpus.name: {name!r} is unknown; choose from {', '.join(sorted(CORPORA))}")
     check_types(types_of(CORPORA[name]), arguments, where="corpus.")
+    check_complete(CORPORA[name], arguments, where="corpus.")
     return CORPORA[name](**arguments)
 
 
@@ -202,7 +203,9 @@ def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
         check_types({"buffer_rows": int}, {"buffer_rows": arguments.pop("buffer_rows")}, where="data.")
     check_types(types_of(HarvestSpec), arguments, where="data.")
     check_types(types_of(HarvestSpec), {"context_size": cfg.lm.context_size}, where="lm.")
-    return HarvestSpec(context_size=cfg.lm.context_size, **arguments)
+    arguments["context_size"] = cfg.lm.context_size
+    check_complete(HarvestSpec, arguments, where="data.")
+    return HarvestSpec(**arguments)
 
 
 def harvested(cfg: DictConfig) -> DictConfig:
@@ -237,6 +240,7 @@ def build_file_activations(cfg: DictConfig) -> FileActivations:
     """The activations of ``data/file.yaml``."""
     arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "name"}
     check_types(types_of(FileActivations), arguments, where="data.")
+    check_complete(FileActivations, arguments, where="data.")
     return FileActivations(**arguments)
 
 
@@ -245,6 +249,7 @@ def build_recipe(cfg: DictConfig) -> Recipe:
     of_the_sae = ("d_sae", "bandwidth", "auxk_coefficient")
     arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in of_the_sae}
     check_types(types_of(Recipe), arguments, where="recipe.")
+    check_complete(Recipe, arguments, where="recipe.")
     return Recipe(**arguments)
 
 
@@ -267,6 +272,8 @@ def check_settings(cfg: DictConfig) -> None:
     for group, expected in _SETTINGS.items():
         values = OmegaConf.to_container(cfg[group], resolve=True)
         check_types(expected, values, where=f"{group}.")
+        for name in expected.keys() - values.keys():
+            raise ValueError(f"{group}.{name} is missing; leave it in the config, or give it a value")
         for name, value in values.items():
             if expected[name] is int and value < 1:
                 raise ValueError(f"{group}.{name} is {value}; it must be at least 1")

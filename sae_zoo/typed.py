@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,18 @@ def check_types(expected: Mapping[str, Any], arguments: Mapping[str, Any], *, wh
             raise ValueError(f"{where}{name} is unknown here; leave it out, or choose from {', '.join(expected)}")
         if not _fits(value, expected[name]):
             raise ValueError(f"{where}{name} is {value!r}; it must be {_spoken(expected[name])}")
+
+
+def check_complete(maker: Callable[..., Any], arguments: Mapping[str, Any], *, where: str = "") -> None:
+    """Look for the arguments without which ``maker`` cannot be called.
+
+    Raises:
+        ValueError: if one is not among ``arguments``.
+    """
+    for name, parameter in inspect.signature(maker).parameters.items():
+        needed = parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
+        if needed and name not in arguments:
+            raise ValueError(f"{where}{name} is missing; leave it in the config, or give it a value")
 
 
 def _fits(value: Any, hint: Any) -> bool:

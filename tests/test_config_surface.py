@@ -80,6 +80,9 @@ def test_what_is_right_is_built(sae):
     ("+sae.banana=1", "sae.banana is unknown here; leave it out"),
     ("trainer.checkpoint_every=0", "trainer.checkpoint_every is 0; it must be at least 1"),
     ("evaluation.n_rows=1.5", "evaluation.n_rows is 1.5; it must be a whole number"),
+    ("~recipe.lr", "recipe.lr is missing; leave it in the config"),
+    ("~data.seed", "data.seed is missing"),
+    ("~trainer.precision", "trainer.precision is missing"),
 ])
 def test_types_are_said_by_name(override, message):
     with pytest.raises(ValueError, match=message):
