@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +177,12 @@ def _raise(failed: int, code: int, said: Sequence[Mapping[str, Any]]) -> None:
     raise RankFailed(f"the process of device {first['rank']} failed: {first['message']}")
 
 
-def end_with(starter: int, after: Callable[[], None] = lambda: os._exit(1)) -> None:
+def end_with(starter: int) -> None:
     """End this process when the one that started it is gone."""
 
     def watch() -> None:
         while os.getppid() == starter:
             time.sleep(_POLL_SECONDS)
-        after()
+        os._exit(1)
 
     threading.Thread(target=watch, name="starter", daemon=True).start()

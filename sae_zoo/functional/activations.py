@@ -51,7 +51,8 @@ def kernel_half_width(kernel: str, bandwidth: float) -> float:
 def _window(pre_acts: Tensor, threshold: Tensor, bandwidth: float, kernel: str) -> Tensor:
     """(1 / eps) K((z - theta) / eps), in float32."""
     # In place as far as it goes: with hundreds of thousands of entries every temporary shows in the peak of memory.
-    distance = torch.sub(pre_acts.float(), threshold.float(), out=workspace.empty(*pre_acts.shape, like=threshold.float()))
+    distance = workspace.empty(*pre_acts.shape, like=pre_acts, dtype=torch.float32)
+    torch.sub(pre_acts.float(), threshold.float(), out=distance)
     return KERNELS[kernel][0](distance.div_(bandwidth)).div_(bandwidth)
 
 
