@@ -3,15 +3,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sae_zoo.data import cache_writer, harvesting
 from sae_zoo.data.cache import manifest_digest
 from sae_zoo.data.corpus import TextFilesCorpus
 from sae_zoo.data.harvesting import HarvestSpec, harvest
 from sae_zoo.lm.hooks import capture, resolve_hook
-from sae_zoo.lm.load import load_lm
-from sae_zoo.lm.pretraining import train_tokenizer
 
 SPEC = {"context_size": 16, "n_tokens": {"train": 700, "validation": 60, "test": 60}, "dtype": "float32",
         "rows_per_shard": 128, "seed": 0}
@@ -26,17 +23,9 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lm(text, tmp_path_factory):
+def lm(text, tiny_gemma2, tmp_path_factory):
     """A tiny Gemma 2: the module tree of the 9B model, its heads together wider than the stream."""
-    folder = tmp_path_factory.mktemp("lm")
-    tokenizer = train_tokenizer((f.read_text() for f in sorted(text.iterdir())), 300, 16)
-    torch.manual_seed(0)
-    Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, max_position_embeddings=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return load_lm(str(folder))
+    return tiny_gemma2(text, tmp_path_factory.mktemp("lm"))
 
 
 @pytest.fixture(scope="module")

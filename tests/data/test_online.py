@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
-from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sae_zoo import load_sae, train
 from sae_zoo.data import online
@@ -14,8 +13,6 @@ from sae_zoo.data.corpus import TextFilesCorpus
 from sae_zoo.data.harvesting import HarvestSpec, harvest
 from sae_zoo.data.online import OnlineActivations, ShuffleBuffer
 from sae_zoo.lm.hooks import capture, resolve_hook
-from sae_zoo.lm.load import load_lm
-from sae_zoo.lm.pretraining import train_tokenizer
 from sae_zoo.records import read_record
 from sae_zoo.saes.topk import TopKSAE
 
@@ -24,19 +21,12 @@ SPEC = HarvestSpec(context_size=16, n_tokens={"train": 700, "validation": 60, "t
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tiny_gemma2, tmp_path_factory):
     """A tiny Gemma 2, a hook point in it, a corpus, and the root of their caches."""
     text, folder = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("lm")
     for i in range(60):
         (text / f"{i}.txt").write_text(" ".join(f"word{(i * j) % 17} is {j}" for j in range(12)))
-    tokenizer = train_tokenizer((f.read_text() for f in sorted(text.iterdir())), 300, 16)
-    torch.manual_seed(0)
-    Gemma2ForCausalLM(Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=8, query_pre_attn_scalar=8, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, max_position_embeddings=16)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    lm = load_lm(str(folder))
+    lm = tiny_gemma2(text, folder)
     hook, corpus = resolve_hook(lm.model, "auto", 1, "residual"), TextFilesCorpus(paths=str(text))
     return lm, hook, corpus, tmp_path_factory.mktemp("cache")
 
