@@ -73,10 +73,47 @@ def _sum_losses(tokens: Tensor, keep: Tensor, *logits: Tensor) -> tuple[list[flo
     return ce, kl
 
 
+def _batches(tokens: Tensor, keep: Tensor, batch_size: int) -> tuple[list[tuple[Tensor, Tensor]], int]:
+    """Rows with a target, as pairs of tokens and keep, and the number of targets.
+
+    Raises:
+        ValueError: if shapes do not fit, or no token is a target.
+    """
+    if tokens.ndim != 2 or keep.shape != tokens.shape:
+        raise ValueError(f"tokens have shape {list(tokens.shape)} and keep {list(keep.shape)}; both must be "
+                         "[n_rows, context]")
+    n_targets = int(keep[:, 1:].sum())
+    if not n_targets:
+        raise ValueError(f"none of the {tokens.numel()} tokens is a target; give more text")
+    has_target = keep[:, 1:].any(1)  # a row of nothing but padding would hand reconstruct no activation at all
+    return list(zip(tokens[has_target].split(batch_size), keep[has_target].split(batch_size), strict=True)), n_targets
+
+
+def _spliced_logits(model: nn.Module, hook: HookPoint, rows: Tensor, keep: Tensor,
+                    substitute: Callable[[Tensor], Tensor]) -> Tensor:
+    with splice(model, hook, _at_kept(keep, substitute)):
+        return lm_forward(model, rows).logits
+
+
+@torch.no_grad()
+def ablated_cross_entropy(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor, *, batch_size: int,
+                          progress_bar: bool = False) -> float:
+    """Cross-entropy in nats a token with zero in place of the activation: one forward pass of every row; arguments and
+    errors as for :func:`lm_metrics`.
+    """
+    batches, n_targets = _batches(tokens, keep, batch_size)
+    total = 0.0
+    for rows, kept in tqdm(batches, desc=f"LM loss without {hook.name}", unit="batch", disable=not progress_bar):
+        (ce,), _ = _sum_losses(rows, kept, _spliced_logits(model, hook, rows, kept, torch.zeros_like))
+        total += ce
+    return total / n_targets
+
+
 @torch.no_grad()
 def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
-               reconstruct: Callable[[Tensor], Tensor], *, batch_size: int, progress_bar: bool = False) -> LMLoss:
-    """Delta LM loss, loss recovered and KL of a reconstruction, from three forward passes of every row.
+               reconstruct: Callable[[Tensor], Tensor], *, ce_ablated: float, batch_size: int,
+               progress_bar: bool = False) -> LMLoss:
+    """Delta LM loss, loss recovered and KL of a reconstruction, from two forward passes of every row.
 
     Special positions (BOS, EOS, padding) keep their clean activation, in the splice and in the zero-ablation: no SAE is
     trained on them. A token is a target where it is not special itself; the first after BOS is one.
@@ -89,34 +126,20 @@ def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
         tokens: [n_rows, context] int.
         keep: [n_rows, context] bool, False at special tokens; on the same device as ``tokens``.
         reconstruct: raw activations x [n, d] float32 -> x_hat [n, d], on the device of the hooked layer.
+        ce_ablated: what :func:`ablated_cross_entropy` gives for these arguments; it is the same for every reconstruction.
         batch_size: rows a forward pass.
 
     Raises:
         ValueError: if shapes do not fit, or no token is a target.
     """
-    if tokens.ndim != 2 or keep.shape != tokens.shape:
-        raise ValueError(f"tokens have shape {list(tokens.shape)} and keep {list(keep.shape)}; both must be "
-                         "[n_rows, context]")
-    n_targets = int(keep[:, 1:].sum())
-    if not n_targets:
-        raise ValueError(f"none of the {tokens.numel()} tokens is a target; give more text")
-    has_target = keep[:, 1:].any(1)  # a row of nothing but padding would hand reconstruct no activation at all
-    tokens, keep = tokens[has_target], keep[has_target]
-
-    def logits(rows: Tensor, kept: Tensor, substitute: Callable[[Tensor], Tensor]) -> Tensor:
-        with splice(model, hook, _at_kept(kept, substitute)):
-            return lm_forward(model, rows).logits
-
-    ce = torch.zeros(3, dtype=torch.float64)
-    kl = 0.0
-    batches = list(zip(tokens.split(batch_size), keep.split(batch_size), strict=True))
+    batches, n_targets = _batches(tokens, keep, batch_size)
+    ce, kl = torch.zeros(2, dtype=torch.float64), 0.0
     for rows, kept in tqdm(batches, desc=f"LM loss, {hook.name}", unit="batch", disable=not progress_bar):
-        ablated, _ = _sum_losses(rows, kept, logits(rows, kept, torch.zeros_like))
-        clean_and_spliced, batch_kl = _sum_losses(rows, kept, lm_forward(model, rows).logits,
-                                                  logits(rows, kept, reconstruct))
-        ce += torch.tensor([*clean_and_spliced, *ablated], dtype=torch.float64)
+        batch_ce, batch_kl = _sum_losses(rows, kept, lm_forward(model, rows).logits,
+                                         _spliced_logits(model, hook, rows, kept, reconstruct))
+        ce += torch.tensor(batch_ce, dtype=torch.float64)
         kl += batch_kl
-    ce_clean, ce_spliced, ce_ablated = (ce / n_targets).tolist()
+    ce_clean, ce_spliced = (ce / n_targets).tolist()
     delta, scale = ce_spliced - ce_clean, ce_ablated - ce_clean
     return LMLoss(ce_clean, ce_spliced, ce_ablated, delta, 1 - delta / scale if scale else math.nan, kl / n_targets,
                   n_targets)

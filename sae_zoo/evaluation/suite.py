@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from sae_zoo.evaluation.attribution import gradients, uniformity
 from sae_zoo.evaluation.latents import LatentCounts
-from sae_zoo.evaluation.lm_loss import lm_metrics
+from sae_zoo.evaluation.lm_loss import ablated_cross_entropy, lm_metrics
 from sae_zoo.evaluation.reconstruction import Reconstruction, ReconstructionSums
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.lm.hooks import HookPoint
@@ -21,6 +22,11 @@ from sae_zoo.lm.load import LoadedLM
 _ROWS_AT_ONCE = 4096
 # Of each row of tokens, positions whose attributions are looked at, and the seed that draws them: the same for all runs.
 _ATTRIBUTED_POSITIONS, _ATTRIBUTION_SEED = 2, 0
+
+T = TypeVar("T")
+# What the language model alone decides, of the place that was scored last, by what it is: (place, value). The runs of a
+# sweep share it; measuring it takes more than half of the forward passes of an evaluation.
+_of_lm: dict[str, tuple[Any, Any]] = {}
 
 
 class EncodesAndDecodes(Protocol):
@@ -65,6 +71,16 @@ def _not_special(tokens: Tensor, special_ids: Iterable[int]) -> Tensor:
     return ~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))
 
 
+def _once(what: str, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int], batch_size: int,
+          measure: Callable[[], T]) -> T:
+    """What ``measure`` gave when it was last asked for ``what`` at the same place."""
+    place = (lm.fingerprint, lm.model.dtype, lm.model.device, hook, tuple(special_ids), batch_size, tokens.shape,
+             hashlib.sha256(tokens.cpu().numpy().tobytes()).digest())
+    if what not in _of_lm or _of_lm[what][0] != place:
+        _of_lm[what] = place, measure()
+    return _of_lm[what][1]
+
+
 def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: HookPoint, tokens: Tensor,
                 special_ids: Iterable[int], *, n_tokens: int, batch_size: int, progress_bar: bool) -> dict[str, Any]:
     """LM metrics with reconstructions spliced in, over the first ``n_tokens`` (about: whole rows) of packed ``tokens``.
@@ -74,8 +90,11 @@ def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: Hoo
         special_ids: token ids that are neither data points nor targets.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
-    result = asdict(lm_metrics(lm.model, hook, tokens, _not_special(tokens, special_ids), reconstruct,
-                               batch_size=batch_size, progress_bar=progress_bar))
+    where = (lm.model, hook, tokens, _not_special(tokens, special_ids))
+    how = {"batch_size": batch_size, "progress_bar": progress_bar}
+    ce_ablated = _once("ce_ablated", lm, hook, tokens, special_ids, batch_size,
+                       lambda: ablated_cross_entropy(*where, **how))
+    result = asdict(lm_metrics(*where, reconstruct, ce_ablated=ce_ablated, **how))
     return {**result, "n_lm_targets": result.pop("n_targets")}
 
 
@@ -85,8 +104,9 @@ def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tok
     first ``n_tokens`` of ``tokens``; arguments as for :func:`score_in_lm`.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
-    device = sae.W_dec.device
-    found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in gradients(
+    pairs = _once("gradients", lm, hook, tokens, special_ids, batch_size, lambda: list(gradients(
         lm.model, hook, tokens, _not_special(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
-        batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)]
+        batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)))
+    device = sae.W_dec.device
+    found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in pairs]
     return float(torch.cat(found).nanmean())

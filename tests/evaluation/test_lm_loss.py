@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sae_zoo.evaluation import lm_loss
-from sae_zoo.evaluation.lm_loss import lm_metrics
+from sae_zoo.evaluation.lm_loss import ablated_cross_entropy, lm_metrics
 from sae_zoo.lm.hooks import capture, resolve_hook
 
 N_LAYERS, HEADS, KV_HEADS, HEAD_DIM, WINDOW, VOCAB, CONTEXT = 3, 4, 2, 8, 4, 40, 9
@@ -41,7 +41,8 @@ def poor(x):
 
 
 def metrics(site="residual", layer=1, reconstruct=poor, *, model=MODEL, tokens=TOKENS, keep=KEEP, batch_size=2):
-    return lm_metrics(model, resolve_hook(model, "auto", layer, site), tokens, keep, reconstruct,
+    where = (model, resolve_hook(model, "auto", layer, site), tokens, keep)
+    return lm_metrics(*where, reconstruct, ce_ablated=ablated_cross_entropy(*where, batch_size=batch_size),
                       batch_size=batch_size)
 
 
