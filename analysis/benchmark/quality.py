@@ -9,6 +9,7 @@ a target that is missed) sets L0, it is searched by the secant method on log-log
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -294,14 +295,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: in one line, for whatever is wrong with the arguments or the cache.
     """
-    variants: dict[str, dict[str, Any]] = {}
 
     def say(line: str) -> None:
         print(line, flush=True)
 
     with Bench(find_cache(args.cache), args.out, args.peers_dir, threads=args.threads) as bench:
+        setting = {"data_id": bench.cache.data_id, "d_in": bench.cache.d_in, "d_sae": args.d_sae, "batch": args.batch,
+                   "steps": args.steps, "seeds": args.seeds, "targets": args.targets, "threads": args.threads}
+        variants = _measured_before(args.out / SUMMARY, setting)
         for variant in args.variants:
-            variants[variant] = {}
+            variants.setdefault(variant, {})
             for contestant in args.contestants:
                 base = Job(contestant=contestant, variant=variant, d_sae=args.d_sae, batch=args.batch, steps=args.steps,
                            seed=0, lr=None, sparsity=None)
@@ -311,12 +314,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     result = {"absent": str(absent)}
                 variants[variant][contestant] = result
             add_ratios(variants[variant])
-        setting = {"data_id": bench.cache.data_id, "d_in": bench.cache.d_in, "d_sae": args.d_sae, "batch": args.batch,
-                   "steps": args.steps, "seeds": args.seeds, "targets": args.targets, "threads": args.threads}
-    result = {"quality": setting, "variants": variants}
-    write_json(args.out / SUMMARY, result)
+            result = {"quality": setting, "variants": variants}
+            write_json(args.out / SUMMARY, result)
     print("\n" + format_tables(variants))
     return result
+
+
+def _measured_before(summary: Path, setting: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The variants of ``summary`` where it is of this ``setting``: a table may be filled in several sittings."""
+    if not summary.exists():
+        return {}
+    before = json.loads(summary.read_text())
+    return before["variants"] if before["quality"] == setting else {}
 
 
 # Tables.

@@ -252,6 +252,9 @@ def test_quality_and_frontier_from_the_command_line(cache, tmp_path, capsys):
     assert ours["at"]["9"]["fvu_ratio"] is None  # no rival is there
     assert 0 < ours["alive_share"] <= 1 and ours["defaults"]["settings"]["lr"] != ours["settings"]["lr"]
 
+    main(["quality", *shared, "--variants", "topk", "--seeds", "0,1", "--lrs", "4e-3", "--contestants", "sae-lens"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary  # what was measured before stays
+
     n_files = len(list((tmp_path / "out").iterdir()))
     main(["frontier", *shared])
     printed = capsys.readouterr().out
