@@ -152,12 +152,15 @@ class Bench:
         self._rows.cleanup()
 
     def versions(self, contestant: str) -> dict[str, str]:
-        """Versions of a contestant and of what it runs on.
+        """Versions of a contestant, first, and of what it runs on.
 
         Raises:
             PeerAbsent: if it is a peer that is not there.
         """
-        return versions() if contestant == OURS else self._worker(contestant).versions
+        if contestant != OURS:
+            return self._worker(contestant).versions
+        found = versions()
+        return {OURS: found.pop(OURS), **found}
 
     def control(self, contestant: str, variant: str) -> dict[str, Any]:
         """What sets the L0 of a variant: ``{"control": "k" | "target" | "coefficient", ...}``.
