@@ -1,10 +1,10 @@
 """``python -m analysis.theory DIR``: the paper's theory in numbers: is the straight-through gradient that of the expected
 loss (claim C3), and what can a JumpReLU do that a ReLU cannot?
 
-The toy is that of Rajamanoharan et al. 2024 (arXiv 2404.16014, appendix F; the JumpReLU's error is lower than that of the best ReLU from L0 0.57 down): one latent with pre-activation
-z = 2 + Z / 2 where its feature is on, with probability 1/2, and z = Z where it is off, Z ~ N(0, 1); the latent should be z
-where the feature is on, and 0 elsewhere. Everything about it is known in closed form. The command writes ``ste.json``,
-which ``analysis.claims`` reads.
+The toy is that of Rajamanoharan et al. 2024 (arXiv 2404.16014, appendix F): one latent with pre-activation z = 2 + Z / 2
+where its feature is on, with probability 1/2, and z = Z where it is off, Z ~ N(0, 1); the latent should be z where the
+feature is on, and 0 elsewhere. Everything about it is known in closed form; from an L0 of 0.57 down the JumpReLU's error
+is lower than that of the best ReLU. The command writes ``ste.json``, which ``analysis.claims`` reads.
 """
 
 from __future__ import annotations

@@ -157,8 +157,8 @@ def run_job(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """One job from config to record; returns the record. Of two processes that are given the same job, one waits.
 
     Raises:
-        ValueError: if the folder holds a finished or half-trained run of another config, or for whatever is wrong with the config or the data;
-            the record then says ``failed``.
+        ValueError: if the folder holds a finished or half-trained run of another config, or for whatever is wrong with
+            the config or the data; the record then says ``failed``.
     """
     leader = not _is_helper()  # of several devices, one process evaluates and writes
     with locked(run_dir / ".lock", f"training {run_dir}") if leader else nullcontext():

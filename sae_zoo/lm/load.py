@@ -104,8 +104,8 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
             puts the model on ``device`` whole.
 
     Raises:
-        ValueError: if the dtype is unknown, a device map cannot be had, ``path`` is neither a folder nor a hub model within reach, there is no
-            complete model in it, or a folder is given a revision.
+        ValueError: if the dtype is unknown, a device map cannot be had, ``path`` is neither a folder nor a hub model
+            within reach, there is no complete model in it, or a folder is given a revision.
     """
     if dtype not in DTYPES:
         raise ValueError(f"lm.dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
