@@ -20,7 +20,6 @@ from torch import Tensor
 
 from sae_zoo.functional.activations import heaviside, jumprelu
 from sae_zoo.records import write_json
-from sae_zoo.saes import SAE
 
 ON, OFF = stats.norm(2, 0.5), stats.norm(0, 1)
 # Where the gradient is estimated: on the side of the minimum on which training starts, far from a zero of the gradient.
@@ -100,29 +99,6 @@ def best_slope(threshold: float) -> tuple[float, float]:
     """Slope and error of the ReLU with this threshold that reconstructs the toy best."""
     found = optimize.minimize_scalar(lambda slope: relu_error(threshold, slope), bounds=(0.1, 10), method="bounded")
     return float(found.x), float(found.fun)
-
-
-@torch.no_grad()
-def loss_against_threshold(sae: SAE, x: Tensor, latent: int, thresholds: Tensor) -> tuple[Tensor, Tensor]:
-    """What the squared error of a trained SAE would be at other thresholds of one latent, all else as it is.
-
-    Args:
-        sae: a JumpReLU SAE.
-        x: [n, d_in] raw activations.
-        thresholds: [m], in raw units.
-
-    Returns:
-        Mean squared error (summed over d_in) [m], and the latent's own share of L0 [m].
-    """
-    pre_acts = ((x - sae.b_dec * sae.input_scale) if sae.subtract_b_dec else x) @ sae.W_enc[:, latent]
-    pre_acts = pre_acts + sae.b_enc[latent] * sae.input_scale
-    latents = sae.encode(x)
-    latents[:, latent] = 0.0
-    residual, direction = x - sae.decode(latents), sae.W_dec[latent]
-    # ||r - z d||^2 = ||r||^2 - z (2 r.d - z ||d||^2), where the latent is on.
-    gain = pre_acts * (2 * residual @ direction - pre_acts * direction.square().sum())
-    on = pre_acts[None, :] > thresholds[:, None]
-    return residual.square().sum(1).mean() - (on * gain).mean(1), on.float().mean(1)
 
 
 def main(arguments: list[str] | None = None) -> None:

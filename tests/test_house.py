@@ -26,7 +26,7 @@ ROOMS = {
 PACKAGES = ("sae_zoo", "analysis", "hydra_plugins")
 MODULES = {path.relative_to(ROOT): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
 # Of analysis: what measures our own code, and what looks into SAEs, which no record can hold.
-USE_SAES = {"benchmark", "kills", "theory", "latents", "dashboard"}
+USE_SAES = {"benchmark", "kills", "theory", "thresholds", "latents", "dashboard"}
 KNOW_HYDRA = {"sae_zoo": {"train", "plan", "harvest", "evaluate", "pretrain", "config"}, "analysis": set(),
               "hydra_plugins": {"sae_zoo_one_stream"}}
 

@@ -20,6 +20,7 @@ from analysis.paper.cost import draw_cost
 from analysis.paper.curves import draw_curves, notes_on_curves
 from analysis.paper.frequencies import draw_frequencies, notes_on_frequencies
 from analysis.paper.runs import NotMeasured, Runs, load_runs
+from analysis.paper.thresholds import draw_thresholds
 from analysis.paper.windows import draw_windows
 from analysis.style import save_figure
 
@@ -30,6 +31,7 @@ FIGURES: dict[str, Callable[[Runs], Figure]] = {
     "delta_lm_loss": partial(draw_curves, key="delta_lm_loss"),
     "fvu": partial(draw_curves, key="fvu"),
     "windows": lambda runs: draw_windows(),
+    "thresholds": draw_thresholds,
     "above_1pct": partial(draw_curves, key="fraction_above_1pct"),
     "above_10pct": partial(draw_curves, key="fraction_above_10pct"),
     "frequencies": draw_frequencies,
@@ -61,7 +63,7 @@ def draw_paper(directories: Iterable[Path | str], output: Path | str | None = No
         output: folder for ``fig_<name>.png`` and ``.svg``; by default the first of ``directories``.
 
     Raises:
-        ValueError: as :func:`load_runs`, or if a latents.csv or step.json is damaged; nothing is written then.
+        ValueError: as :func:`load_runs`, or if a latents.csv, step.json or thresholds.json is damaged; nothing is written then.
     """
     runs = load_runs(directories)
     figures: dict[str, Figure | NotMeasured] = {}

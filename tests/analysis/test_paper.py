@@ -121,7 +121,8 @@ def test_a_metric_that_no_run_has_is_not_drawn_and_the_reason_said(sweep, tmp_pa
     assert "fig_delta_lm_loss: not drawn: no run has delta_lm_loss above 0" in lines
     assert "fig_cost: not drawn: no run has seconds_training" in lines
     assert "fig_frequencies: not drawn: no latents.csv beside the records of L0 target 40" in lines
-    assert set(result.files) == set(FIGURES) - {"r_l0", "delta_lm_loss", "cost", "frequencies"}
+    assert "fig_thresholds: not drawn: no thresholds.json beside the records; python -m analysis.thresholds RUN writes it" in lines
+    assert set(result.files) == set(FIGURES) - {"r_l0", "delta_lm_loss", "cost", "frequencies", "thresholds"}
     drawn = {f"fig_{name}.{suffix}" for name in result.files for suffix in ("png", "svg")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == drawn
 
@@ -222,6 +223,12 @@ def test_the_second_form_of_gated_has_a_style_of_its_own_everywhere():
     assert len(set(looks.values())) == 25 and len({looks[label].marker for label in LABELS}) == 5
 
 
+THRESHOLDS = {"hook": "residual.3", "l0": 39.8, "d_sae": 131072, "bandwidth": 0.01, "kernel": "epanechnikov", "n_rows": 2_000_000,
+              "latents": [{"latent": 131071 - i, "frequency": 0.1267, "threshold": 0.03, "thresholds": [0.01 * j for j in range(9)],
+                           "loss": [2e-5 * 10.0**-i * (j - 4) ** 2 for j in range(9)],
+                           "gradient": [-2e-3 * 10.0**-i * (4 - j) for j in range(9)]} for i in range(3)]}
+
+
 @pytest.mark.parametrize("records", [
     grid(LABELS, (5, 10, 20, 40, 80, 160), (0,), HOOKS),
     grid(LABELS, (5, 10, 20, 40, 80, 160)),
@@ -234,6 +241,7 @@ def test_no_text_overlaps_or_is_cut(sweep, records):
     runs = load_runs([sweep(*({**r, "frequencies": latents(r["label"], 50)} if r["l0_target"] == middle else r
                               for r in records))])
     (runs.directories[0] / "step.json").write_text(json.dumps(STEP))
+    (runs.directories[0] / "thresholds.json").write_text(json.dumps(THRESHOLDS))
     for name, draw in FIGURES.items():
         figure = draw(runs)
         renderer = FigureCanvasAgg(figure).get_renderer()
@@ -255,6 +263,7 @@ def test_no_text_overlaps_or_is_cut(sweep, records):
 
 def test_the_same_records_give_the_same_files_from_any_process(sweep, tmp_path):
     folder = sweep(*({**r, "frequencies": latents(i, 50)} for i, r in enumerate(grid(hooks=("mlp.3", "residual.3")))))
+    (folder / "thresholds.json").write_text(json.dumps(THRESHOLDS))
     first = draw_paper([folder], tmp_path / "first").files
     assert set(first) == set(FIGURES)
     code = (f"import sys; from analysis.paper.__main__ import main; main([{str(folder)!r}, '--output', "

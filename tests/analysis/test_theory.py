@@ -1,11 +1,8 @@
 import json
-import math
 
 import pytest
-import torch
 
 from analysis import theory
-from sae_zoo.saes import variant_class
 
 
 def test_closed_forms_against_samples_and_finite_differences():
@@ -37,24 +34,6 @@ def test_jumprelu_beats_the_best_relu_where_the_latent_is_sparse_enough():
     for threshold in (1.2, 1.5):
         assert theory.expected_loss(threshold, 0.0) < 0.85 * theory.best_slope(threshold)[1]
     assert theory.expected_loss(0.5, 0.0) > theory.best_slope(0.5)[1], "where it is not, shrinking is the better way"
-
-
-def test_loss_against_threshold_of_a_trained_sae():
-    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) * 2 + 1
-    sae = variant_class("jumprelu")(d_in=6, d_sae=20, input_scale=3.0, sparsity_coefficient=0.1)
-    with torch.no_grad():
-        sae.threshold_parameter.fill_(math.log(0.2))
-        sae.b_dec.uniform_(-0.2, 0.2)
-        sae.b_enc.uniform_(-0.1, 0.1)
-    thresholds = torch.tensor([0.1, 0.3, 0.6, 1.2])  # raw
-    losses, shares = theory.loss_against_threshold(sae, x, 7, thresholds)
-    for threshold, loss, share in zip(thresholds, losses, shares, strict=True):
-        with torch.no_grad():
-            sae.threshold_parameter[7] = (threshold / sae.input_scale).log()
-            latents = sae.encode(x)
-        assert loss.item() == pytest.approx((x - sae.decode(latents)).square().sum(1).mean().item(), rel=1e-4)
-        assert share.item() == pytest.approx((latents[:, 7] > 0).float().mean().item())
-    assert len(set(losses.tolist())) == 4
 
 
 def test_command_writes_what_claims_reads(tmp_path, monkeypatch, capsys):
