@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from analysis.claims.compare import Units, mean_difference, mean_level, slopes
-from analysis.claims.evidence import Arm, Evidence
+from analysis.claims.evidence import NAMES, Arm, Evidence, is_published
 from analysis.claims.finding import (
     PAPER_D_SAE, Check, Finding, decide, finding, has_auxk, not_measured, over, plain, show,
 )
@@ -152,7 +152,9 @@ def dead_latents(evidence: Evidence) -> Finding:
     Shares are interpolated linearly in log L0.
     """
     key = "dead_fraction"
-    jumprelu = evidence.arm("jumprelu", lambda run: has_auxk(run) is False)
+    # By variant: where the recipe has AuxK for all, those without are an ablation with a label of its own.
+    jumprelu = evidence.arm_of(NAMES["jumprelu"], lambda run: run.get("variant") == "jumprelu" and is_published(run)
+                               and has_auxk(run) is False)
     others = {"TopK with AuxK": [evidence.arm("topk", lambda run: has_auxk(run) is True)],
               "Gated": [evidence.arm("gated"), evidence.arm("gated_ri_l1")]}
     units = {name: mean_difference(evidence, jumprelu, arms, key, log=False) for name, arms in others.items()}
@@ -160,7 +162,7 @@ def dead_latents(evidence: Evidence) -> Finding:
     found, share = {name: own.estimate() for name, own in units.items() if own.values}, level.estimate()
     if share is None:
         return not_measured("dead share of JumpReLU without AuxK", level,
-                            why="No curve of JumpReLU without AuxK (sae.auxk_coefficient=0); with it is no test.")
+                            why="No curve of JumpReLU without AuxK (experiment=auxk has them); with it is no test.")
     verdict = decide(
         holds=len(found) == len(others) and share.is_below(0.05) and all(own.is_below(0.01) for own in found.values()),
         fails=share.is_above(0.05) or any(own.is_above(0.01) for own in found.values()))

@@ -293,6 +293,15 @@ def test_dead_latents(jumprelu, topk, gated, auxk, verdict):
         assert found.details["share"]["effect"] == pytest.approx(jumprelu, abs=1e-4)
 
 
+def test_dead_latents_where_the_recipe_has_auxk_for_all():
+    records = flat("dead_fraction", {"jumprelu": 0.01, "topk": 0.02, "gated": 0.03})
+    main = [r | {"sae.auxk_coefficient": 0.03125} for r in records]
+    without = [r | {"label": "jumprelu_auxk_0", "dead_fraction": 0.09} for r in records if r["label"] == "jumprelu"]
+    assert judged(main)["C9"].verdict == NOT_MEASURED
+    found = judged(main + without)["C9"]
+    assert found.verdict == FAILS and found.details["share"]["effect"] == pytest.approx(0.09, abs=1e-4)
+
+
 @pytest.mark.parametrize(("slopes", "scales", "verdict"), [
     ({"jumprelu": -0.3, "topk": -0.3, "gated": -0.32}, {}, HOLDS),
     ({"jumprelu": -0.3, "topk": 0.1}, {}, FAILS),
