@@ -7,12 +7,10 @@ code of sae_zoo does not change the name: delete its files (``sae_zoo-*.json``) 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +21,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from analysis.benchmark.peers import PEERS, PeerAbsent, PeerFailed, Worker
-from sae_zoo.config import compose_config, config_hash
+from sae_zoo.config import compose_config, config_hash, prepare_process
 from sae_zoo.data.cache import MANIFEST, Cache, open_cache
 from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_sae
 from sae_zoo.lm.hooks import resolve_hook
 from sae_zoo.lm.load import load_lm
-from sae_zoo.memory import keep_freed_memory
 from sae_zoo.records import digest, versions, write_json
 from sae_zoo.saes import SAE
 from sae_zoo.source import Source
@@ -128,9 +125,7 @@ class Bench:
     def __init__(self, cache: Cache, out: Path, peers_dir: Path, *, threads: int | None):
         if threads is not None:
             torch.set_num_threads(threads)
-        keep_freed_memory()  # as every entry point of sae_zoo does
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
-        logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+        prepare_process()  # as every entry point of sae_zoo does
         self.cache, self.out, self.threads = cache, Path(out), threads
         self._peers_dir = peers_dir
         self._workers: dict[str, Worker] = {}

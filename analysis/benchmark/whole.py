@@ -18,9 +18,8 @@ import pytorch_lightning as pl
 import torch
 
 from analysis.benchmark.step import Trainee, shape_argument, synthetic
-from sae_zoo.config import compose_config
+from sae_zoo.config import compose_config, prepare_process
 from sae_zoo.data.file import FileActivations
-from sae_zoo.memory import keep_freed_memory
 from sae_zoo.saes import variants
 from sae_zoo.source import Source
 from sae_zoo.train import fit
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     d_in, d_sae, batch, l0 = args.shape
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    prepare_process()
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.npy"
