@@ -161,6 +161,8 @@ def config_hash(config: dict[str, Any]) -> str:
         node = OmegaConf.select(config, parent) if parent else config
         if node is not None:
             node.pop(name, None)
+    if "data" in config and config.data.get("part") is None:  # the same runs as before there were parts
+        config.data.pop("part", None)
     return digest(OmegaConf.to_container(config))
 
 
@@ -205,6 +207,9 @@ def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
     check_types(types_of(HarvestSpec), {"context_size": cfg.lm.context_size}, where="lm.")
     arguments["context_size"] = cfg.lm.context_size
     check_complete(HarvestSpec, arguments, where="data.")
+    if cfg.data.name == "online" and arguments.get("part") is not None:
+        raise ValueError(f"data.part is {arguments['part']}, but data is online, which stores no training rows; choose "
+                         "data=cache, or leave it out")
     return HarvestSpec(**arguments)
 
 

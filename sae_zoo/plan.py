@@ -82,7 +82,7 @@ class _Planner:
         if len(hooks) > 1:
             cost, widths = self._once(lambda: (harvest_cost(model, hooks, **rows), hook_widths(model, hooks)),
                                       "harvest", cfg.lm, sorted(hook.name for hook in hooks))
-        return Harvest(widths=tuple(widths), n_tokens=spec.n_tokens, dtype=spec.dtype,
+        return Harvest(widths=tuple(widths), n_tokens=spec.n_tokens_here, dtype=spec.dtype,
                        rows_per_shard=spec.rows_per_shard, cost=cost, weight_bytes=n_bytes(model), **rows)
 
     def job(self, cfg: DictConfig) -> Job:
@@ -145,7 +145,7 @@ class _Planner:
             return True
         caches = Path(cfg.output_dir) / "cache"
         wanted = {"corpus": build_corpus(cfg.corpus).fingerprint(), "lm_dtype": str(self.model(cfg).dtype),
-                  **asdict(build_harvest_spec(harvested(cfg)))}
+                  **build_harvest_spec(harvested(cfg)).identity}
 
         def found(hook: HookPoint) -> bool:
             names = make_cache_id(lm=cfg.lm.name, hook=hook.name, identity={}).rpartition("-")[0] + f"-*/{MANIFEST}"

@@ -38,6 +38,11 @@ def split_of(name: str) -> str:
     return max((first, split) for split, first in _FIRST_BUCKET.items() if bucket >= first)[1]
 
 
+def dealt_to(name: str, of: int) -> int:
+    """Which of ``of`` parts, from 0, the document called ``name`` belongs to, whatever its split and place."""
+    return _hash(f"part {name}") % of
+
+
 @dataclass(frozen=True)
 class Document:
     """One document: ``name`` decides its split, ``text`` is what the language model reads."""

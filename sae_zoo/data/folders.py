@@ -33,6 +33,9 @@ class Folder(Protocol):
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None if there is none."""
 
+    def folders(self) -> Sequence[Folder]:
+        """Those directly in it, by name; none if it is not there itself."""
+
     def look(self, entries: Sequence[Mapping[str, Any]]) -> Iterator[Found | None]:
         """What is there of each of some file entries of a manifest, in order; None where there is no such file."""
 
@@ -54,6 +57,9 @@ class LocalFolder:
     def read(self, name: str) -> bytes | None:
         file = self.path / name
         return file.read_bytes() if file.is_file() else None
+
+    def folders(self) -> list[LocalFolder]:
+        return [LocalFolder(path) for path in sorted(self.path.glob("*")) if path.is_dir()]
 
     def look(self, entries: Sequence[Mapping[str, Any]]) -> Iterator[Found | None]:
         return map(self._look, entries)

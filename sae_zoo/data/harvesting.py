@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
-from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, PackedTokens, deal, pack
+from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, PackedTokens, deal, dealt_to, pack
 from sae_zoo.data.parts import Part, part_of, partial_folder, wait_for_first
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
@@ -32,6 +34,8 @@ class HarvestSpec:
         dtype: of the stored activations.
         rows_per_shard: activations a shard.
         seed: of the shuffle.
+        part: [number, of]: only the train documents that a hash deals to part ``number``, from 0, of ``of``, and that
+            share of the tokens; held-out splits are whole in every part. None for all of them.
     """
 
     context_size: int
@@ -39,6 +43,7 @@ class HarvestSpec:
     dtype: str
     rows_per_shard: int
     seed: int
+    part: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if set(self.n_tokens) != set(SPLITS):
@@ -46,12 +51,27 @@ class HarvestSpec:
         for split, n in self.n_tokens.items():
             if n < 1:
                 raise ValueError(f"data.n_tokens.{split} is {n}; it must be at least 1")
+        if self.part is not None and not (len(self.part) == 2 and 0 <= self.part[0] < self.part[1]):
+            raise ValueError(f"data.part is {list(self.part)}; it must be [number, of], with a number from 0 to of - 1")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All of it as plain JSON values; without ``part`` where there is none, as in caches that knew of no parts."""
+        facts = {**asdict(self), "n_tokens": dict(self.n_tokens)}
+        part = facts.pop("part")
+        return facts if part is None else {**facts, "part": list(part)}
+
+    @property
+    def n_tokens_here(self) -> dict[str, int]:
+        """Tokens of each split, about, that are harvested: of train the share of the part, rounded up."""
+        of = 1 if self.part is None else self.part[1]
+        return {**self.n_tokens, "train": math.ceil(self.n_tokens["train"] / of)}
 
 
 def identity_of(lm: LoadedLM, hook: HookPoint, corpus_fingerprint: str, spec: HarvestSpec) -> dict:
     # The rows of a forward pass are left out on purpose: they change the activations by rounding only.
     return {"format_version": FORMAT_VERSION, "lm": lm.fingerprint, "lm_dtype": str(lm.model.dtype),
-            "hook": asdict(hook), "corpus": corpus_fingerprint, **asdict(spec), "n_tokens": dict(spec.n_tokens)}
+            "hook": asdict(hook), "corpus": corpus_fingerprint, **spec.identity}
 
 
 def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corpus, spec: HarvestSpec, *,
@@ -133,8 +153,10 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
     sparsity coefficient, towards an L0 that is then scored on test. Documents differ so much in their L0 that with some
     dozens of them on each side a split by document would miss the target by several percent whatever the control does.
     """
-    n = spec.n_tokens
-    train = pack(corpus.documents("train"), lm.tokenizer, spec.context_size, n["train"])
+    n = spec.n_tokens_here
+    number, of = (0, 1) if spec.part is None else spec.part
+    documents = (document for document in corpus.documents("train") if dealt_to(document.name, of) == number)
+    train = pack(documents, lm.tokenizer, spec.context_size, n["train"])
     held_out = pack(corpus.documents(*HELD_OUT), lm.tokenizer, spec.context_size, n["validation"] + n["test"])
     validation, test = deal(held_out, n["validation"], n["test"])
     return {"train": train, "validation": validation, "test": test}

@@ -100,6 +100,16 @@ class RemoteFolder:
             except FileNotFoundError:
                 return None
 
+    def folders(self) -> list[RemoteFolder]:
+        with _reaching(self.path):
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+        names = sorted(info["name"].rstrip("/").rsplit("/", 1)[-1] for info in found if info["type"] == "directory")
+        return [RemoteFolder(f"{self.path}/{name}", self.copies) for name in names]
+
     def look(self, entries: Sequence[Mapping[str, Any]]) -> Iterator[Found | None]:
         with _reaching(self.path):
             self._fs.invalidate_cache()

@@ -67,16 +67,26 @@ class StoredTensor(NamedTuple):
             if file.readinto(target) != target.nbytes:
                 raise self._too_short()
 
+    def window(self, start: int, stop: int) -> StoredTensor:
+        """Rows ``start`` to ``stop`` of it."""
+        return self._replace(shape=(stop - start, *self.shape[1:]), offset=self.offset + start * self._row_bytes)
+
     def read_permuted(self, out: Tensor, order: np.ndarray) -> None:
         """Fill ``out`` (contiguous, same dtype and shape) so that row i of it is row ``order[i]`` of the tensor.
 
         Raises:
             ValueError: if the file ends before.
         """
-        n = len(order)
-        target = out.view(torch.uint8).view(n, self._row_bytes).numpy()
-        place = np.empty(n, np.int64)
-        place[order] = np.arange(n)
+        self.read_to(out, inverse(order))
+
+    def read_to(self, out: Tensor, place: np.ndarray) -> None:
+        """Put row i of the tensor where row ``place[i]`` of ``out`` (contiguous, same dtype) is.
+
+        Raises:
+            ValueError: if the file ends before.
+        """
+        n = len(place)
+        target = out.view(torch.uint8).view(len(out), self._row_bytes).numpy()
         # Through a piece that stays in the processor's cache: the disk is read in order, and every row goes once to
         # memory, where it belongs. Reading the whole shard first would pass all of it through memory twice.
         rows = max(1, _PIECE_BYTES // self._row_bytes)
@@ -95,6 +105,13 @@ class StoredTensor(NamedTuple):
 
     def _too_short(self) -> ValueError:
         return ValueError(f"{self.file} ends too early; delete the cache's folder to harvest it again")
+
+
+def inverse(order: np.ndarray) -> np.ndarray:
+    """The permutation that undoes ``order``."""
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    return place
 
 
 def stored_tensors(file: StoredFile, header: bytes) -> dict[str, StoredTensor]:
@@ -122,7 +139,7 @@ class ShardStream:
     views of its memory, which is used again when the last of them is gone: two shards and what readers hold on to.
 
     Args:
-        shards: the rows of each, none longer than the first.
+        shards: the rows of each, alike but for their number; or what is read like them.
     """
 
     def __init__(self, shards: Sequence[StoredTensor], seed: int):
@@ -173,8 +190,8 @@ class ShardStream:
         """Memory for any shard that no tensor is on; the reading thread alone asks for it."""
         memory = next((memory for memory in self._memory if memory.is_free), None)
         if memory is None:
-            largest = self._shards[0]
-            memory = _Memory(np.empty(math.prod(largest.shape) * largest.dtype.itemsize, np.uint8))
+            largest = max(shard.shape for shard in self._shards)
+            memory = _Memory(np.empty(math.prod(largest) * self._shards[0].dtype.itemsize, np.uint8))
             self._memory.append(memory)
         return torch.from_numpy(memory.array)
 
