@@ -1,10 +1,9 @@
 """Activations on the fly: training rows straight from the language model, through a shuffle buffer of bounded memory.
 
 Held-out rows are those of an ordinary cache. A training row is never stored: the sequences of the packed text are read
-in a seeded order, their rows cut into blocks that fit into memory, and every block is shuffled. So row m of the stream
-is a pure function of the text, the seed and m. A run that goes on in the middle of a block gives it to the language
-model again, and the next one as far as it had been read: at most two buffers of rows. What grows with the text is its
-tokens, 4 bytes each.
+in a seeded order, and their rows wait in a buffer until they are drawn from it. Row m of the stream is a pure function of
+the text, the seed and m. A run that goes on gives the language model again what had not been drawn yet, which is spread
+over the last dozen buffers or so. What grows with the text is its tokens, 4 bytes each.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from sae_zoo.data.activations import Batches, first_not_finite, summed_squares
 from sae_zoo.data.cache import DTYPES, Cache, Origin, make_cache_id
 from sae_zoo.data.corpus import Corpus, PackedTokens, pack
 from sae_zoo.data.harvesting import HarvestSpec
-from sae_zoo.data.permutation import Permutation
+from sae_zoo.data.permutation import Permutation, draws
 from sae_zoo.lm.hooks import HookPoint, capture
 from sae_zoo.lm.load import LoadedLM
 
-# Rows that stand for all of train where their mean ||x||^2 is asked for, at most: some seconds of reading.
+# Rows that stand for all of train where their mean ||x||^2 is asked for, at most: some seconds of reading. Where rows are
+# asked for by their number, so many are in an order of their own.
 SAMPLE_ROWS = 32768
 PASSES_AHEAD = 2  # of the language model
 _ENDLESS = 1 << 60
@@ -103,16 +103,18 @@ class LMRows:
 
 
 class ShuffleBuffer:
-    """A :class:`~sae_zoo.data.activations.RowStream` of shuffled blocks, of which one at a time is in memory.
+    """A :class:`~sae_zoo.data.activations.RowStream` out of a buffer, in which the language model runs ahead in a thread.
 
-    Where a row of a block has been drawn, a row of the next one takes its place; the language model runs ahead of that
-    in a thread. A pass is cut into as few blocks of at most ``buffer_rows`` as there can be, equal but for one row.
+    Draw m takes the row in slot s(m), a hash, and puts row ``n_slots + m`` of the text in its place. So it gives row
+    ``n_slots + m'`` where m' is the draw before it from the same slot, and row s(m) where there is none. A row waits for
+    ``n_slots`` draws on the average, but some for ten times that: what is in a batch comes from far more of the text than is in
+    memory. (Shuffled blocks of as many rows, one after the other, cost an SAE 1 % in FVU: analysis/LOG.md.)
 
     Args:
         rows: of one pass.
-        seed: of the order, another one in every pass and block.
-        buffer_rows: rows in memory.
-        stop: rows that will be read; the language model stops at the end of that block.
+        seed: of the order.
+        buffer_rows: rows in memory, but no more than a pass has.
+        stop: rows that will be read; the language model stops where no more are needed.
 
     Raises:
         ValueError: if ``buffer_rows`` is below 1.
@@ -122,83 +124,71 @@ class ShuffleBuffer:
         if buffer_rows < 1:
             raise ValueError(f"data.buffer_rows is {buffer_rows}; it must be at least 1")
         self._rows, self._seed = rows, seed
-        self._n_rows, self._n_blocks = rows.n_rows, -(-rows.n_rows // buffer_rows)  # of a pass
-        self._stop = self._first_row(self._block_of(stop - 1) + 1)
-        self._next: int | None = None  # row that is read without going anywhere first
+        self._n_slots = min(buffer_rows, rows.n_rows)
+        self._stop = stop + self._n_slots  # row of the text
+        self._next: int | None = None  # draw that comes next without going anywhere first
 
     def read(self, first: int, count: int) -> Tensor:
         """Rows ``first`` to ``first + count`` of the stream, float32 [count, d_in]."""
         if first != self._next:
             self._go_to(first)
-        drawn = []
-        while count:
-            if self._drawn == len(self._order):
-                self._next_block()
-            slots = self._order[self._drawn : self._drawn + count]
-            drawn.append(self._buffer[slots].float())
-            self._refill(slots)
-            count -= len(slots)
-            self._next += len(slots)
-        return torch.cat(drawn)
+        slots, coming = draws(self._n_slots, first, count, self._seed), self._take(count)
+        # Of draws from one slot in one call, a later one gets what the one before it has put there.
+        order = np.argsort(slots, kind="stable")
+        again = np.flatnonzero(slots[order][1:] == slots[order][:-1])
+        before, after = torch.from_numpy(order[again]), torch.from_numpy(order[again + 1])
+        places = torch.from_numpy(slots)
+        drawn = self._buffer[places]
+        drawn[after] = coming[before]
+        stays = torch.ones(count, dtype=torch.bool)
+        stays[before] = False
+        self._buffer[places[stays]] = coming[stays]
+        self._next = first + count
+        return drawn.float()
 
-    def _first_row(self, block: int) -> int:
-        pass_, i = divmod(block, self._n_blocks)
-        return pass_ * self._n_rows + i * self._n_rows // self._n_blocks
-
-    def _block_of(self, row: int) -> int:
-        pass_, i = divmod(row, self._n_rows)
-        return pass_ * self._n_blocks + ((i + 1) * self._n_blocks - 1) // self._n_rows
-
-    def _size(self, block: int) -> int:
-        """Rows of a block that will be read."""
-        return min(self._stop, self._first_row(block + 1)) - min(self._stop, self._first_row(block))
-
-    def _go_to(self, row: int) -> None:
-        """Fill the buffer as it is just before ``row`` is drawn."""
-        block = self._block_of(row)
-        first = self._first_row(block)
-        pieces = self._rows.pieces(self._seed, first, self._stop)
+    def _go_to(self, draw: int) -> None:
+        """Fill the buffer as it is just before ``draw``."""
+        wanted = self._content(draw)  # row of the text by slot
+        slots = np.argsort(wanted)
+        wanted = wanted[slots]
+        at, stop = int(wanted[0]), self._n_slots + draw
+        pieces = self._rows.pieces(self._seed, at, self._stop)
         self._ahead = lambda: self._rows.thread.submit(next, pieces, None)
         self._coming = deque(self._ahead() for _ in range(PASSES_AHEAD))
-        self._take()
-        n_slots = -(-self._n_rows // self._n_blocks)
-        self._buffer = torch.empty(n_slots, self._piece.shape[1], dtype=self._piece.dtype)
-        self._block, self._slots = block, torch.arange(n_slots)
-        self._fill(self._slots[: self._size(block)])
-        self._shuffle()
-        self._refill(self._order[: row - first])
-        self._next = row
+        self._piece = self._next_piece()
+        self._buffer = self._piece.new_empty(self._n_slots, self._piece.shape[1])
+        while at < stop:
+            rows = self._take(min(stop - at, max(1, len(self._piece))))
+            here = slice(*np.searchsorted(wanted, (at, at + len(rows))))
+            self._buffer[torch.from_numpy(slots[here])] = rows[torch.from_numpy(wanted[here] - at)]
+            at += len(rows)
+        self._next = draw
 
-    def _shuffle(self) -> None:
-        """Order of drawing from the block, row i of which is at slot ``slots[i]``."""
-        size = self._size(self._block)
-        order = Permutation(size, self._seed, *divmod(self._block, self._n_blocks))(np.arange(size))
-        self._order, self._drawn = self._slots[torch.from_numpy(order)], 0
+    def _content(self, draw: int) -> np.ndarray:
+        """Which row of the text is in each slot just before ``draw``, int64 [n_slots]."""
+        content = np.full(self._n_slots, -1)
+        while draw > 0 and (content < 0).any():
+            first = max(0, draw - self._n_slots)
+            last = np.full(self._n_slots, -1)
+            last[draws(self._n_slots, first, draw - first, self._seed)] = np.arange(first, draw)  # the last one stays
+            content = np.where((content < 0) & (last >= 0), self._n_slots + last, content)
+            draw = first
+        return np.where(content < 0, np.arange(self._n_slots), content)
 
-    def _refill(self, slots: Tensor) -> None:
-        """The next slots in the order of drawing are free: put the next block's rows there."""
-        n_left = max(0, self._size(self._block + 1) - self._drawn)
-        self._fill(slots[:n_left])
-        self._drawn += len(slots)
+    def _take(self, count: int) -> Tensor:
+        """The next rows of the text, as stored [count, d_in]."""
+        parts = [self._piece[:count]]
+        self._piece = self._piece[count:]
+        while (missing := count - sum(map(len, parts))) > 0:
+            piece = self._next_piece()
+            parts.append(piece[:missing])
+            self._piece = piece[missing:]
+        return torch.cat(parts)
 
-    def _next_block(self) -> None:
-        self._slots = torch.cat([self._order, self._slots[len(self._order) :]])
-        last, self._block = len(self._order), self._block + 1
-        self._fill(self._slots[last : self._size(self._block)])  # this block may have one row more
-        self._shuffle()
-
-    def _take(self) -> None:
-        """The next piece that the language model gives."""
-        self._piece = self._coming.popleft().result()
+    def _next_piece(self) -> Tensor:
+        piece = self._coming.popleft().result()
         self._coming.append(self._ahead())
-
-    def _fill(self, slots: Tensor) -> None:
-        while len(slots):
-            if not len(self._piece):
-                self._take()
-            n = min(len(slots), len(self._piece))
-            self._buffer[slots[:n]] = self._piece[:n]
-            slots, self._piece = slots[n:], self._piece[n:]
+        return piece
 
 
 class OnlineActivations(Cache):
@@ -236,7 +226,14 @@ class OnlineActivations(Cache):
         if split != "train":
             return super().rows(split, start, stop)
         self._check_range(split, start, stop)
-        return ShuffleBuffer(self._train, self._seed, buffer_rows=SAMPLE_ROWS, stop=stop).read(start, stop - start)
+        parts, n_blocks = [], -(-self._train.n_rows // SAMPLE_ROWS)
+        for block in range(n_blocks):
+            first, end = (self._train.n_rows * i // n_blocks for i in (block, block + 1))
+            if max(first, start) < min(end, stop):
+                order = Permutation(end - first, self._seed, block)(np.arange(end - first))
+                rows = torch.cat(list(self._train.pieces(self._seed, first, end)))
+                parts.append(rows[torch.from_numpy(order[max(first, start) - first : min(end, stop) - first])])
+        return torch.cat(parts).float()
 
     def origin(self, split: str, start: int, stop: int) -> Origin:
         if split == "train":

@@ -1,4 +1,4 @@
-"""A seeded pseudo-random permutation that is computed element by element, so that shuffling needs no table.
+"""A seeded pseudo-random permutation that is computed element by element, so that shuffling needs no table; and draws.
 
 A table of 10^9 row numbers takes 8 GB; this takes eight keys. The construction is the generalised Feistel network of
 Black and Rogaway, "Ciphers with Arbitrary Finite Domains" (2002): an index is written as ``left * n_right + right``,
@@ -50,6 +50,29 @@ def _permute(values, n, n_left, n_right, keys):
         values[i] = x
 
 
+@njit(nogil=True, cache=True)
+def _draw(numbers, n, key):
+    """Replace each of ``numbers`` [m] uint64 by a hash of it in [0, n)."""
+    for i in range(numbers.shape[0]):
+        numbers[i] = ((_mix(numbers[i] * np.uint64(0x9E3779B97F4A7C15) + key) >> np.uint64(32)) * n) >> np.uint64(32)
+
+
+def _keys(seed: tuple[int, ...], n: int) -> np.ndarray:
+    text = "/".join(str(int(part)) for part in seed)
+    return np.array([int.from_bytes(hashlib.sha256(f"{text}/{i}".encode()).digest()[:8], "little") for i in range(n)],
+                    np.uint64)
+
+
+def draws(n: int, first: int, count: int, *seed: int) -> np.ndarray:
+    """Draws number ``first`` to ``first + count`` (with replacement) from ``[0, n)``, int64; ``n`` below 2^32.
+
+    The generator is splitmix64 (Steele et al. 2014), whose every number can be computed by itself.
+    """
+    numbers = np.arange(first, first + count, dtype=np.uint64)
+    _draw(numbers, np.uint64(n), _keys(seed, 1)[0])
+    return numbers.astype(np.int64)
+
+
 class Permutation:
     """A bijection on ``[0, n)``, the same on every machine and in every version of every library.
 
@@ -67,9 +90,7 @@ class Permutation:
         self.n = n
         n_left = math.isqrt(n - 1) + 1
         self._sizes = np.uint64(n), np.uint64(n_left), np.uint64(-(-n // n_left))
-        text = "/".join(str(int(part)) for part in seed)
-        self._keys = np.array([int.from_bytes(hashlib.sha256(f"{text}/{i}".encode()).digest()[:8], "little")
-                               for i in range(_N_ROUNDS)], np.uint64)
+        self._keys = _keys(seed, _N_ROUNDS)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
         """Where each of ``indices`` (integers in ``[0, n)``, any shape) goes: int64 of the same shape.

@@ -81,19 +81,28 @@ def take(activations, n_batches, *, size=50, start=0, seed=0, **where):
     return list(activations.batches("train", size, n_batches=n_batches, seed=seed, start=start, **where))
 
 
-@pytest.mark.parametrize("buffer_rows", [3, 33, 349, 5000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_each_pass_has_the_rows_of_the_cache_once(place, make, buffer_rows, dtype):
+def test_each_pass_over_the_text_has_the_rows_of_the_cache_once(place, make, dtype):
     spec = replace(SPEC, dtype=dtype)
     whole = next(caches(place, spec))
-    activations, n = make(spec=spec, buffer_rows=buffer_rows), whole.n_rows("train")
+    activations, n = make(spec=spec), whole.n_rows("train")
     assert activations.n_rows("train") == n
-    stream, stored = activations.stream("train", 3), whole.rows("train", 0, n)
-    passes = [torch.cat([stream.read(first, 1), stream.read(first + 1, n - 1)]) for first in (0, n, 2 * n)]
+    passes = [torch.cat(list(activations._train.pieces(3, first, first + n))).float() for first in (0, n, 2 * n)]
     for rows in passes:
-        assert rows.dtype == torch.float32
-        assert_same_set(rows, stored, dtype)
+        assert_same_set(rows, whole.rows("train", 0, n), dtype)
     assert not torch.allclose(passes[0], passes[1]) and not torch.allclose(passes[1], passes[2])
+
+
+@pytest.mark.parametrize("buffer_rows", [3, 33, 349, 5000])
+def test_each_row_of_the_text_is_drawn_once_or_waits(make, buffer_rows):
+    activations = make(buffer_rows=buffer_rows)
+    n, stream = activations.n_rows("train"), activations.stream("train", 3)
+    n_slots = min(buffer_rows, n)
+    counts = (1, n_slots + 5, n - 40, 2, 300)  # also more than there are slots
+    drawn = torch.cat([stream.read(sum(counts[:i]), count) for i, count in enumerate(counts)])
+    text = torch.cat(list(activations._train.pieces(3, 0, sum(counts) + n_slots)))
+    assert drawn.dtype == torch.float32 and stream._buffer.shape == (n_slots, 24)
+    assert_same_set(torch.cat([drawn, stream._buffer]), text)
 
 
 def test_all_but_train_is_the_cache_and_runs_on_both_can_stand_side_by_side(make, cache):
@@ -120,29 +129,28 @@ def test_a_batch_depends_on_seed_and_step_alone(make):
     assert all(map(torch.equal, batches, take(make(), 40)))
     assert not any(map(torch.equal, batches, take(make(), 40, seed=1)))
     assert all(map(torch.equal, batches, take(make(), 90)))  # and not on how many come after it
-    for start in range(1, 40, 6):  # to the bit: in the middle of a block, at its border, in another pass
+    for start in range(1, 40, 6):  # to the bit: while some rows of the first buffer wait, later, in another pass
         assert all(map(torch.equal, batches[start:], take(make(), 40, start=start)))
 
 
-def test_going_on_costs_at_most_two_buffers(make, forwarded):
-    activations = make(buffer_rows=150)
-    for step in range(0, 14, 2):
-        batches = activations.batches("train", 50, n_batches=100, seed=0, start=step)
+def test_going_on_costs_a_dozen_buffers_or_so(make, forwarded):
+    activations = make(buffer_rows=60)
+    for step in range(0, 200, 33):
+        batches = activations.batches("train", 50, n_batches=1000, seed=0, start=step)
         forwarded.clear()
         next(iter(batches))
         activations._train.thread.submit(lambda: None).result()  # what runs ahead
         read = sum(len(tokens) for tokens in forwarded) * 15
-        assert read <= 2 * 150 + 50 + (2 + 2) * 4 * 15, step  # a batch; passes ahead, and halves of passes at both ends
+        assert read <= min(50 * step + 60, 15 * 60) + 50 + (2 + 2) * 4 * 15, step  # a batch; passes ahead and at both ends
 
 
-def test_no_more_text_is_read_than_the_blocks_that_are_used(make, forwarded):
+def test_no_more_text_is_read_than_is_drawn_and_waits(make, forwarded):
     activations = make(buffer_rows=100)
-    n = activations.n_rows("train")
     forwarded.clear()
-    batches = take(activations, 4)  # 200 rows: two blocks of 100 at most, or the start of a third
+    batches = take(activations, 4)
     activations._train.thread.submit(lambda: None).result()  # what runs ahead
     read = sum(len(tokens) for tokens in forwarded) * 15
-    assert len(batches) == 4 and 200 <= read <= 300 + 2 * 4 * 15 < n
+    assert len(batches) == 4 and 300 <= read <= 300 + 4 * 15
 
 
 def test_the_buffer_is_bounded_and_the_language_model_waits(make, forwarded):
@@ -153,10 +161,6 @@ def test_the_buffer_is_bounded_and_the_language_model_waits(make, forwarded):
         next(batches)
         read = sum(len(tokens) for tokens in forwarded) * 15
         assert read <= 100 + 10 * i + (1 + 2 + 1) * 4 * 15 + i * 10 * 0.1  # buffer, drawn, passes in hand and ahead
-    stream = activations.stream("train", 0)
-    stream.read(0, 700)
-    n = activations.n_rows("train")
-    assert stream._buffer.shape == (-(-n // -(-n // 100)), 24)  # as many blocks of at most 100 as it takes
 
 
 def test_the_language_model_runs_in_a_thread_of_its_own(make, monkeypatch):
@@ -166,29 +170,35 @@ def test_the_language_model_runs_in_a_thread_of_its_own(make, monkeypatch):
         names.add(threading.current_thread().name)
         return capture(model, hooks, tokens)
 
+    activations = make()
     monkeypatch.setattr(online, "capture", named)
-    take(make(), 10)
+    take(activations, 10)
     assert names == {"language model_0"}
 
 
-def test_neighbours_in_the_text_are_none_in_a_block(make):
-    """Where the rows of a block stand, beside where their neighbours in the text do: uncorrelated if well shuffled."""
+def test_rows_wait_at_random_and_for_one_buffer_on_the_average(make):
+    """How long the rows that are drawn one after the other have waited: uncorrelated, and exponential as draws are."""
     rows = make()._train
-    n = rows.n_rows
-    read = torch.cat(list(rows.pieces(0, 0, n)))  # as the language model gives them
-    drawn = ShuffleBuffer(rows, 0, buffer_rows=n).read(0, n)
-    place = torch.from_numpy(linear_sum_assignment(torch.cdist(read, drawn))[1]).double()
-    assert torch.corrcoef(torch.stack([place[:-1], place[1:]]))[0, 1].abs() < 4 / n**0.5
+    n_slots, n = 60, rows.n_rows
+    text = torch.cat(list(rows.pieces(0, 0, n)))  # as the language model gives them
+    drawn = ShuffleBuffer(rows, 0, buffer_rows=n_slots).read(0, n - n_slots)
+    place = torch.from_numpy(linear_sum_assignment(torch.cdist(drawn, text))[1])
+    waited = (torch.arange(len(drawn)) + n_slots - place)[3 * n_slots :].double()
+    n = len(waited)
+    assert waited.min() >= 1 and torch.corrcoef(torch.stack([waited[:-1], waited[1:]]))[0, 1].abs() < 4 / n**0.5
+    assert waited.mean() == pytest.approx(n_slots, abs=4 * n_slots / n**0.5)
+    assert waited.std() == pytest.approx(n_slots, rel=0.3) and waited.max() > 2 * n_slots
 
 
-def test_processes_share_a_pass(make, cache):
+def test_processes_share_the_text(make, cache):
     activations, n = make(), cache.n_rows("train")
-    ranks = [take(activations, 3 * n // 40, size=40, rank=rank, world_size=2) for rank in (0, 1)]
-    assert all(batch.shape == (20, 24) for batches in ranks for batch in batches)
-    halves = [activations._train.share(rank, 2).n_rows for rank in (0, 1)]
-    assert sum(halves) == n
-    rows = torch.cat([torch.cat(batches)[:half] for batches, half in zip(ranks, halves)])
-    assert_same_set(rows, cache.rows("train", 0, n))
+    shares = [activations._train.share(rank, 2) for rank in (0, 1)]
+    assert_same_set(torch.cat([torch.cat(list(share.pieces(0, 0, share.n_rows))) for share in shares]),
+                    cache.rows("train", 0, n))
+    for rank, share in enumerate(shares):
+        batches = take(activations, 6, size=40, rank=rank, world_size=2)
+        assert all(batch.shape == (20, 24) for batch in batches)
+        assert torch.equal(torch.cat(batches), ShuffleBuffer(share, 0, buffer_rows=50).read(0, 120))
     with pytest.raises(ValueError, match="batch_size is 50; it must be a multiple of the 3 processes"):
         take(activations, 3, world_size=3)
 
@@ -215,7 +225,7 @@ RUN = ["data=online", "data.n_tokens={train: 4000, validation: 1000, test: 1000}
 
 
 def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, enter, monkeypatch):
-    """The entry point as a user runs it, with the built-in language model: whole, and broken off within a block."""
+    """The entry point as a user runs it, with the built-in language model: whole, and broken off while rows wait."""
     honest = TopKSAE.loss
 
     def run(name):

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_zoo.data.permutation import Permutation
+from sae_zoo.data.permutation import Permutation, draws
 
 
 @settings(deadline=None)
@@ -67,3 +67,26 @@ def test_bad_arguments():
     for index in (-1, 5):
         with pytest.raises(ValueError, match=r"\[0, 5\)"):
             Permutation(5, 1)(np.array([0, index]))
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 2**32 - 1), first=st.integers(0, 2**60), seed=st.integers(0, 2**40), data=st.data())
+def test_a_draw_is_the_same_whatever_it_is_asked_with(n, first, seed, data):
+    together = draws(n, first, 30, seed)
+    assert together.dtype == np.int64 and 0 <= together.min() and together.max() < n
+    i = data.draw(st.integers(0, 29))
+    assert np.array_equal(draws(n, first + i, 30 - i, seed), together[i:])
+
+
+def test_draws_are_uniform_and_know_nothing_of_their_neighbours_or_of_another_seed():
+    n = 64_000
+    values = draws(64, 0, n, 3)
+    counts = np.bincount(values, minlength=64)
+    assert ((counts - n / 64) ** 2).sum() / (n / 64) < 63 + 4 * 126**0.5  # chi-square, 63 degrees of freedom
+    pairs = np.bincount(values[:-1] * 64 + values[1:], minlength=64 * 64)
+    assert ((pairs - n / 4096) ** 2).sum() / (n / 4096) < 4095 + 4 * 8190**0.5
+    assert abs((values == draws(64, 0, n, 4)).mean() - 1 / 64) < 4 * (1 / 64 / n) ** 0.5
+
+
+def test_draws_are_the_same_for_ever():
+    assert draws(1000, 5, 4, 7, 1).tolist() == [760, 217, 405, 682]  # a run that goes on draws what it had drawn
