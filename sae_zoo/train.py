@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 from pytorch_lightning.strategies import DDPStrategy
 
 from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
@@ -50,9 +51,7 @@ class _ProgressBar(TQDMProgressBar):
         self.train_progress_bar.set_description("training")
 
     def init_validation_tqdm(self):
-        bar = super().init_validation_tqdm()
-        bar.disable = True
-        return bar
+        return Tqdm(disable=True)  # from the start: a bar writes a line as soon as it is made
 
     def get_metrics(self, *args) -> dict:
         return {key: value for key, value in super().get_metrics(*args).items() if key != "v_num"}

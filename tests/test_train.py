@@ -135,6 +135,12 @@ def test_explicit_coefficient_turns_control_off(run, root):
     assert status == 0 and record["coefficient"] == record["sparsity_coefficient"] == 0.5 and record["l0_missed"] is None
 
 
+def test_the_progress_bar_is_of_training_and_says_nothing_of_the_looks_at_held_out_rows(run):
+    status, printed = run("sweep=bar", "sae=topk", "l0_target=10", *(o for o in SMALL if "progress_bar" not in o),
+                          small=False)
+    assert status == 0 and "training: 100%" in printed and "heldout_L0=" in printed and "Validation" not in printed
+
+
 def test_own_activations_have_no_lm_metrics(run, root, tmp_path):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "acts.npy", (rng.random((5000, 30)) < 0.1).astype("float32") @ rng.normal(size=(30, 16)))

@@ -28,7 +28,8 @@ def gradients(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor, *
     tokens, usable = tokens[usable.any(1)], usable[usable.any(1)]
     generator = torch.Generator().manual_seed(seed)
     batches = list(zip(tokens.split(batch_size), usable.split(batch_size), strict=True))
-    for rows, allowed in tqdm(batches, desc=f"attribution, {hook.name}", unit="batch", disable=not progress_bar):
+    for rows, allowed in tqdm(batches, desc=f"attribution, {hook.name}", unit="batch", leave=False,
+                              disable=not progress_bar):
         activation: list[Tensor] = []
 
         def leaf(x: Tensor) -> Tensor:

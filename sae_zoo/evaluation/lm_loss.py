@@ -103,7 +103,8 @@ def ablated_cross_entropy(model: nn.Module, hook: HookPoint, tokens: Tensor, kee
     """
     batches, n_targets = _batches(tokens, keep, batch_size)
     total = 0.0
-    for rows, kept in tqdm(batches, desc=f"LM loss without {hook.name}", unit="batch", disable=not progress_bar):
+    for rows, kept in tqdm(batches, desc=f"LM loss without {hook.name}", unit="batch", leave=False,
+                           disable=not progress_bar):
         (ce,), _ = _sum_losses(rows, kept, _spliced_logits(model, hook, rows, kept, torch.zeros_like))
         total += ce
     return total / n_targets
@@ -134,7 +135,7 @@ def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
     """
     batches, n_targets = _batches(tokens, keep, batch_size)
     ce, kl = torch.zeros(2, dtype=torch.float64), 0.0
-    for rows, kept in tqdm(batches, desc=f"LM loss, {hook.name}", unit="batch", disable=not progress_bar):
+    for rows, kept in tqdm(batches, desc=f"LM loss, {hook.name}", unit="batch", leave=False, disable=not progress_bar):
         batch_ce, batch_kl = _sum_losses(rows, kept, lm_forward(model, rows).logits,
                                          _spliced_logits(model, hook, rows, kept, reconstruct))
         ce += torch.tensor(batch_ce, dtype=torch.float64)
