@@ -113,10 +113,10 @@ def test_gated(form):
 
 
 @pytest.mark.parametrize("sparse", [True, False])
-def test_gated_auxiliary_loss_does_not_leak_into_the_decoder(sparse):
-    sae, x = make("gated", sparsity_coefficient=0.0)
-    gradients = torch.autograd.grad(sae.loss(x, sparse=sparse).terms["auxiliary"], list(sae.parameters()),
-                                    allow_unused=True)
+@pytest.mark.parametrize("form, term", [("original", "auxiliary"), ("original", "sparsity"), ("ri_l1", "sparsity")])
+def test_what_trains_gateds_gate_does_not_leak_into_the_decoder(sparse, form, term):
+    sae, x = make("gated", sparsity_coefficient=0.3, form=form)
+    gradients = torch.autograd.grad(sae.loss(x, sparse=sparse).terms[term], list(sae.parameters()), allow_unused=True)
     reached = {name for (name, _), g in zip(sae.named_parameters(), gradients, strict=True) if g is not None and g.any()}
     # b_dec only through the encoder's input: its part as the decoder's bias is frozen as W_dec is.
     assert reached == {"W_enc", "b_gate", "b_dec"}
