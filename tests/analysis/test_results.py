@@ -1,0 +1,53 @@
+"""The results that ship: complete records, from which the commands in their README.md work."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from analysis.claims.evidence import Evidence
+from analysis.claims.finding import HOLDS
+from analysis.claims.report import judge
+from analysis.paper import FIGURES, draw_paper
+from sae_zoo.records import RECORD
+
+RESULTS = Path(__file__).parents[2] / "analysis" / "results"
+SWEEPS = sorted({path.parent.parent for path in RESULTS.rglob(RECORD)})
+
+
+def test_every_run_has_finished_and_none_names_a_place_on_a_disk():
+    files = [path for path in RESULTS.rglob("*") if path.suffix in (".json", ".csv", ".md")]
+    assert len(files) > 20
+    for path in files:
+        text = path.read_text()
+        assert not re.search(r"(^|[\s\"'(])/(tmp|home|root|work|Users)/", text), path
+        if path.name == RECORD:
+            record = json.loads(text)
+            assert record["status"] == "finished" and record["l0_missed"] is False and "traceback" not in record, path
+
+
+def test_the_claims_are_judged_and_nothing_is_left_out():
+    evidence = Evidence([RESULTS])
+    findings = judge(evidence)
+    assert findings["C3"].verdict == HOLDS
+    assert not evidence.left_out and len(evidence.runs) == len(list(RESULTS.rglob(RECORD)))
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.name)
+def test_the_figures_are_drawn(sweep, tmp_path):
+    drawn = draw_paper([sweep], tmp_path).files
+    assert {"fvu", "delta_lm_loss", "shrinkage", "r_l0", "frequencies"} <= set(drawn) <= set(FIGURES)
+
+
+def test_the_table_says_what_the_records_say():
+    readme = (RESULTS / "README.md").read_text()
+    header, *rows = [line for line in readme.splitlines() if line.startswith("| ")][0:1] + re.findall(
+        r"^\| \d+ \|.*$", readme, re.MULTILINE)
+    labels = [name.strip().lower() for name in header.strip("|").split("|")][1:]
+    for row in rows:
+        target, *cells = [cell.strip() for cell in row.strip("|").split("|")]
+        for label, cell in zip(labels, cells, strict=True):
+            record = json.loads((RESULTS / "width_4096" / f"{label}-l0_{target}-seed_0" / RECORD).read_text())
+            assert cell == (f"{record['fvu']:.4f}, {record['delta_lm_loss']:.4f}, {record['dead_fraction']:.1%}"
+                            .replace("%", " %")), (label, target)
