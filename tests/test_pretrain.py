@@ -5,10 +5,14 @@ import random
 import signal
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from sae_zoo import pretrain
+from sae_zoo.config import CONFIG_DIR, compose_config
+from sae_zoo.lm.hooks import capture, hook_width, resolve_hook
 from sae_zoo.lm.load import load_lm
-from sae_zoo.lm.pretraining import LanguageModelPretraining
+from sae_zoo.lm.pretraining import LanguageModelPretraining, build_model
 
 ARCHITECTURE = "+architecture={model_type: gpt2, n_embd: 32, n_inner: 48, n_layer: 2, n_head: 2}"
 
@@ -45,6 +49,16 @@ def whole(run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert run(folder)[0] == 0
     return files(folder)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIG_DIR / "architecture").glob("*.yaml"))])
+def test_every_architecture_has_the_sites_that_saes_are_trained_on(name):
+    cfg = compose_config("pretrain", [f"architecture={name}"])
+    model = build_model(OmegaConf.to_container(cfg.architecture), load_lm("builtin").tokenizer, cfg.context_size, cfg.seed)
+    tokens = torch.randint(3, cfg.vocab_size, (1, 8))
+    for site in ("residual", "mlp", "attention"):
+        hook = resolve_hook(model, "auto", cfg.architecture.num_hidden_layers - 1, site)
+        assert capture(model, [hook], tokens)[hook.name].shape == (1, 8, hook_width(model, hook))
 
 
 def test_a_finished_model_is_loaded_and_skipped_and_another_config_is_refused(run, tmp_path):
