@@ -11,12 +11,14 @@ import json
 import sys
 import tempfile
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
@@ -25,14 +27,17 @@ from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, buil
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
 from sae_zoo.data.module import VALIDATION_ROWS
+from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
 from sae_zoo.lm.skeleton import load_skeleton, n_bytes
+from sae_zoo.one_stream import stream_key
 from sae_zoo.planning.job import Harvest, Job, Online, mean_l0
 from sae_zoo.planning.lm import LMCost, harvest_cost, hook_widths, lm_cost
 from sae_zoo.planning.machine import (Rates, calibration_size, disk_rates, existing_folder, lm_rate, sae_rates,
                                       this_machine)
 from sae_zoo.planning.report import Plan, Planned, as_json, text
 from sae_zoo.planning.sae import sae_cost
+from sae_zoo.processes import devices_of
 from sae_zoo.records import digest
 
 # Overrides that make a phase smaller, and the least that is advised; each is halved until the phase fits.
@@ -105,10 +110,10 @@ class _Planner:
                 online = Online(n_tokens=cfg.data.n_tokens.train, buffer_rows=cfg.data.buffer_rows)
         else:
             raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
-        devices = _n_devices(cfg.trainer.devices, self.device)
+        devices = len(devices_of(cfg.trainer.accelerator, cfg.trainer.devices))
         with torch.device("meta"):
             sae = build_sae(cfg, d_in=d_in, input_scale=1.0)  # of which only the schedule is asked
-        batch = cfg.recipe.batch_size // devices
+        batch = cfg.recipe.batch_size // (devices * cfg.trainer.num_nodes)
         cost = self._once(lambda: sae_cost(lambda: build_sae(cfg, d_in=d_in, input_scale=1.0), batch),
                           "sae", cfg.sae, cfg.recipe, cfg.d_sae, d_in, batch)
         entries = cfg.d_sae if cfg.l0_target is None else mean_l0(sae.l0_in_force, cfg.recipe.n_steps)
@@ -139,6 +144,17 @@ class _Planner:
         return Rates(**self._once(of_sae, "rates", cfg.sae, cfg.recipe, d_in, d_sae, batch, mixed), lm_flop=of_lm,
                      **self.disk)
 
+    def copy_bytes(self, cfg: DictConfig, harvest: Harvest) -> tuple[int, int] | None:
+        """Of the copies of a cache that lies elsewhere, if ``cfg`` names one: what all of it is, as the config describes
+        it, and how much more than now their folder may hold."""
+        remote = build_remote(cfg)
+        if not isinstance(remote, RemoteFolder):
+            return None
+        copies = remote.copies
+        now = sum(file.stat().st_size for file in copies.folder.iterdir()) if copies.folder.is_dir() else 0
+        one = replace(harvest, widths=harvest.widths[:1])  # of what is harvested together the first is the job's own
+        return one.bytes_on_disk(at_peak=False), max(0, copies.max_bytes - now)
+
     def is_here(self, cfg: DictConfig) -> bool:
         """Whether the caches of ``cfg`` are on the disk, as their manifests say; weights have no fingerprint here."""
         if build_remote(cfg) is not None:
@@ -155,12 +171,6 @@ class _Planner:
         return all(map(found, self.hooks(cfg)))
 
 
-def _n_devices(devices: int | str | list[int], device: torch.device) -> int:
-    if devices in (-1, "-1", "auto"):
-        return torch.cuda.device_count() if device.type == "cuda" else 1
-    return len(devices) if OmegaConf.is_list(devices) else int(devices)
-
-
 class _Command:
     """The jobs of one command line, as Hydra hands them over one by one."""
 
@@ -169,6 +179,8 @@ class _Command:
         self.planned: list[Planned] = []
         self.harvest_of: list[str | None] = []
         self.here: set[str] = set()
+        self.copies: dict[str, tuple[int, int]] = {}  # by what the caches are known by in harvest_of
+        self._streams: list[str | None] = []
         self._planner: _Planner | None = None
 
     def add(self, cfg: DictConfig) -> None:
@@ -182,32 +194,52 @@ class _Command:
             key = digest([*parts, *hooks])
             if key not in self.harvest_of and self._planner.is_here(cfg):
                 self.here.add(key)
+            if copied := self._planner.copy_bytes(cfg, job.harvest):
+                self.copies[key] = copied
+        together = HydraConfig.get().runtime.choices.get("hydra/launcher") == "one_stream"
+        self._streams.append(stream_key(cfg) if together else None)
         self.configs.append(cfg)
         self.planned.append(Planned(job, self._planner.rates(cfg, job)))
         self.harvest_of.append(key)
 
     def plan(self) -> Plan:
         """All jobs so far."""
-        return Plan(self._planner.machine, tuple(self.planned), tuple(self.harvest_of), frozenset(self.here))
+        kept = [planned.job.sae.kept_bytes for planned in self.planned]
+        of_stream = Counter()
+        for stream, n_bytes in zip(self._streams, kept, strict=True):
+            of_stream[stream] += n_bytes
+        planned = tuple(planned if stream is None else replace(planned, beside=of_stream[stream] - n_bytes)
+                        for planned, stream, n_bytes in zip(self.planned, self._streams, kept, strict=True))
+        copies = min(sum(whole for whole, _ in self.copies.values()), max((most for _, most in self.copies.values()),
+                                                                          default=0))
+        return Plan(self._planner.machine, planned, tuple(self.harvest_of), frozenset(self.here), copies)
 
     def remedies(self, plan: Plan) -> list[str]:
         """Of each of the plan's shortages, what would fit: an override, or that none would."""
         found = []
         for shortage in plan.shortages():
-            remedy = self._tokens_that_fit(plan) if shortage.phase is None else self._smaller(plan, shortage.phase)
+            remedy = self._less_disk(plan) if shortage.phase is None else self._smaller(plan, shortage.phase)
             found.append(f"{shortage.text}; {remedy}")
         return found
 
-    def _tokens_that_fit(self, plan: Plan) -> str:
+    def _less_disk(self, plan: Plan) -> str:
         most = max((harvest.n_tokens["train"] for harvest in plan.missing), default=0)
         n_tokens = bisect_right(range(1, most), plan.machine.free_disk_bytes, key=plan.disk_bytes_of)
         if n_tokens:
             return f"data.n_tokens.train={_rounded_down(n_tokens)} would fit, or choose another output_dir"
+        for_copies = plan.machine.free_disk_bytes - (plan.disk_bytes - plan.copy_bytes)
+        shard = max((self.planned[self.harvest_of.index(key)].job.harvest.shard_bytes for key in self.copies), default=0)
+        if 0 < shard < for_copies:
+            return f"data.remote.copy_gb={_rounded_down(for_copies // 10**6) / 1000:g} would fit, or choose another output_dir"
         return "free some, or choose another output_dir"
 
     def _smaller(self, plan: Plan, phase: str) -> str:
-        """Overrides that let the phase fit, of the first job whose does not: one alone, or all by as little as fits."""
-        cfg = next(cfg for cfg, planned in zip(self.configs, self.planned) if planned.needs_more(plan.machine, phase))
+        """What lets the phase fit, of the first job whose does not: fewer jobs together; or overrides, one alone, or all
+        by as little as fits."""
+        cfg, short = next((cfg, planned) for cfg, planned in zip(self.configs, plan.jobs)
+                          if planned.needs_more(plan.machine, phase))
+        if not replace(short, beside=0).needs_more(plan.machine, phase):
+            return "fewer jobs at once, or leave hydra/launcher=one_stream out"
         least = {key: value for key, value in _REMEDIES[phase].items() if OmegaConf.select(cfg, key) is not None}
         if "d_sae" in least and cfg.l0_target is not None:
             least["d_sae"] = max(least["d_sae"], cfg.l0_target)

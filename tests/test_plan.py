@@ -100,6 +100,46 @@ def test_too_little_memory_is_refused_with_what_would_fit(run, small_machine):
     assert "no smaller d_sae or data.rows_per_shard or recipe.batch_size would" in run(*SMALL)[2]
 
 
+def test_saes_on_one_stream_are_in_memory_together(run, small_machine):
+    sweep = ["-m", *SMALL[:1], *SMALL[2:], "d_sae=32768", "seed=0", "l0_target=10,20,40,80"]
+    apart, together = (last_line(run("--json", *sweep, *more)[1]) for more in ([], ["hydra/launcher=one_stream"]))
+    an_sae = 3 * 32768 * 256 * 2 * 4  # its weights; their gradients and the optimiser's first moments are as large
+
+    def more(phase):
+        of_apart, of_together = (planned["phases"][phase]["host_bytes"] - planned["machine"]["process_bytes"]
+                                 for planned in (apart, together))  # each plan is made in a larger process here
+        return of_together - of_apart
+
+    assert more("harvest") == 0
+    assert more("training") == more("evaluation") == pytest.approx(3 * an_sae, rel=0.05)
+    assert run(*sweep, "seed=0,1", "hydra/launcher=one_stream")[0] == 0  # two streams, one after the other
+    small_machine(host_bytes=int(together["phases"]["training"]["host_bytes"]) - 50_000_000,
+                  process_bytes=together["machine"]["process_bytes"])
+    status, _, error = run(*sweep, "hydra/launcher=one_stream")
+    assert status == 2 and error.count("\n") == 1
+    assert "training needs" in error and "fewer jobs at once, or leave hydra/launcher=one_stream out" in error
+    assert run(*sweep)[0] == 0
+
+
+def test_copies_of_a_cache_that_lies_elsewhere_take_disk(run, small_machine):
+    elsewhere = [*SMALL, "data.remote.path=memory://plan/cache"]
+    whole, some = (last_line(run("--json", *elsewhere, *more)[1])["disk_bytes"] for more in ([], [
+        "data.remote.copy_gb=0.004"]))
+    assert whole - some == pytest.approx(10_000 * 256 * 4 - 4e6, rel=0.05)  # the cache has more than its activations
+    small_machine(free_disk_bytes=whole - 2_000_000)
+    status, _, error = run(*elsewhere, "data.rows_per_shard=1000")
+    remedy = error.partition("; ")[2].split()[0]
+    assert status == 2 and error.count("\n") == 1 and remedy.startswith("data.remote.copy_gb=0.00")
+    assert run(*elsewhere, remedy)[0] == 0
+
+
+def test_processes_share_a_batch(run):
+    one, two, four = (last_line(run("--json", *SMALL, *more)[1])["jobs"][0]["phases"]["training"] for more in (
+        [], ["trainer.devices=2"], ["trainer.devices=2", "trainer.num_nodes=2"]))
+    assert two["flops"] == pytest.approx(one["flops"], rel=0.01) and two["host_bytes"] > 1.5 * one["host_bytes"]
+    assert one["flops"] / 2 < four["flops"] < 0.6 * one["flops"]  # each machine looks at all validation rows
+
+
 def test_own_activations_need_no_language_model(run, tmp_path):
     import numpy as np
 

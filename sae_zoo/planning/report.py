@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from sae_zoo.planning.job import DEAD_SHARE, Harvest, Job, Phase
@@ -30,14 +30,21 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Planned:
-    """A job with the rates of its SAE and its language model on this machine."""
+    """A job with the rates of its SAE and its language model on this machine.
+
+    Attributes:
+        beside: bytes of the SAEs that take turns with it in one process (``hydra/launcher=one_stream``).
+    """
 
     job: Job
     rates: Rates
+    beside: int = 0
 
     def phases(self, machine: Machine) -> list[Phase]:
-        """Harvest, training, evaluation."""
-        return self.job.phases(machine, self.rates)
+        """Harvest, training, evaluation; the SAEs beside it are there in the latter two."""
+        memory = "host_bytes" if machine.device_bytes is None else "device_bytes"
+        return [phase if phase.name == "harvest" else replace(phase, **{memory: getattr(phase, memory) + self.beside})
+                for phase in self.job.phases(machine, self.rates)]
 
     def needs_more(self, machine: Machine, name: str) -> bool:
         """Whether the phase of that name takes more memory than there is."""
@@ -67,13 +74,15 @@ class Plan:
 
     Attributes:
         harvest_of: of each job what decides its caches, so that jobs with the same share them; None without any.
-        here: of these, whose caches are on the disk already.
+        here: of these, whose caches are on the disk already, or elsewhere.
+        copy_bytes: disk that copies of caches which lie elsewhere will take.
     """
 
     machine: Machine
     jobs: Sequence[Planned]
     harvest_of: Sequence[str | None]
     here: frozenset[str]
+    copy_bytes: int
 
     @property
     def harvests(self) -> dict[str, Harvest]:
@@ -87,12 +96,13 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Space that is needed: caches that are missing, with the shard that is twice there; the SAEs; and of the job
-        whose are largest the checkpoints, which go when a job is finished.
+        """Space that is needed: caches that are missing, with the shard that is twice there; copies of others; the SAEs;
+        and of the job whose are largest the checkpoints, which go when a job is finished.
         """
         sae = sum(planned.job.sae.parameter_bytes for planned in self.jobs)
         largest = max(planned.job.run_bytes() - planned.job.sae.parameter_bytes for planned in self.jobs)
-        return sum(harvest.bytes_on_disk(at_peak=True) for harvest in self.missing) + sae + largest
+        caches = sum(harvest.bytes_on_disk(at_peak=True) for harvest in self.missing)
+        return caches + self.copy_bytes + sae + largest
 
     def disk_bytes_of(self, n_train: int) -> int:
         """:attr:`disk_bytes`, were there no more than ``n_train`` tokens of train in any cache."""

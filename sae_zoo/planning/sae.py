@@ -50,6 +50,11 @@ class SAECost:
     products: int
     dense: Cost
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory between two steps, while others take turns: parameters, their gradients, the optimiser's state."""
+        return 2 * self.parameter_bytes + self.state_bytes
+
     def sparse_flops(self, entries: float, dead_share: float) -> float:
         """Of a step on the active set: 2 B d n for the encoder, 2 d for each other product and entry; for AuxK, with
         m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a matrix and
@@ -71,7 +76,7 @@ class SAECost:
             entries: active ones a token.
         """
         batch = self.batch * self.d_in * 4
-        return round(2 * self.parameter_bytes + self.state_bytes + 3 * batch + _BYTES_AN_ENTRY * entries * self.batch)
+        return round(self.kept_bytes + 3 * batch + _BYTES_AN_ENTRY * entries * self.batch)
 
     def peak_bytes(self, entries: float, *, dense: bool, device: str) -> int:
         """Memory of training: of a sparse step, with AuxK's gradients where it is on, or if that is larger of a dense

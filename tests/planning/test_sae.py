@@ -81,12 +81,16 @@ def test_the_published_scale():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process its peak")
 @pytest.mark.parametrize(("variant", "d_in", "d_sae"), [("topk", 256, 4096), ("jumprelu", 512, 8192)])
 def test_peak_memory_of_real_steps(variant, d_in, d_sae):
-    """A process of its own takes dense and sparse steps; what it had at most, without what it had before, is predicted
-    to a factor of 1.5: how the C library's heap breaks into pieces is no constant."""
+    """Processes of their own take dense and sparse steps; what one had at most, without what it had before, is predicted
+    to a factor of 1.5. How the C library's heap breaks into pieces is no constant: ten processes that did the same had
+    168 to 246 MB in dense steps of the larger JumpReLU. A plan has to hold for the unluckiest, here of three."""
     batch = 512
-    done = subprocess.run([sys.executable, "-c", PEAK.format(variant=variant, d_in=d_in, d_sae=d_sae, batch=batch)],
-                          capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    dense, sparse = map(int, done.stdout.split())
+    command = [sys.executable, "-c", PEAK.format(variant=variant, d_in=d_in, d_sae=d_sae, batch=batch)]
+    root = Path(__file__).parents[2]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
+    peaks = [process.communicate()[0].split() for process in running]
+    assert not any(process.returncode for process in running)
+    dense, sparse = (max(map(int, of)) for of in zip(*peaks, strict=True))
     make = build(variant, d_in=d_in, d_sae=d_sae, l0_target=40)
     cost = sae_cost(make, batch)
     peak = cost.peak_bytes(40, dense=True, device="cpu")
