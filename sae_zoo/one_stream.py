@@ -76,10 +76,10 @@ class Alone:
 
 
 class _Shared:
-    """The source that the first of several jobs opens, and their Ctrl-C."""
+    """The source that the first of several jobs opens, the validation rows that it reads, and their Ctrl-C."""
 
     def __init__(self):
-        self.interrupts, self.source = Interrupts(), None
+        self.interrupts, self.source, self.validation_rows = Interrupts(), None, None
         self.members: list[_Member] = []
 
 
@@ -87,6 +87,7 @@ class _Member(Alone):
     """A job that shares stream, source and Ctrl-C with others.
 
     Attributes:
+        shared: what it has in common with the others.
         wanted: the step whose batch it waits for; None before its first turn.
         reader: makes the batches from ``wanted`` on.
         result: what it returned, when it has ended.
@@ -94,7 +95,7 @@ class _Member(Alone):
 
     def __init__(self, shared: _Shared, task: Callable[[], Any]):
         super().__init__()
-        self._shared, self.interrupts = shared, shared.interrupts
+        self.shared, self.interrupts = shared, shared.interrupts
         self.wanted: int | None = None
         self.reader: Callable[[], ReadAhead] | None = None
         self.result: Any = None
@@ -109,7 +110,7 @@ class _Member(Alone):
 
     @property
     def leads(self) -> bool:
-        return next(member for member in self._shared.members if not member.ended) is self
+        return next(member for member in self.shared.members if not member.ended) is self
 
     def clock(self) -> float:
         """Seconds of its own turns so far; reading the stream is nobody's."""
@@ -117,9 +118,9 @@ class _Member(Alone):
 
     def open(self, make: Callable[[], Source]) -> Source:
         """What ``make`` gave the first job that came here."""
-        if self._shared.source is None:
-            self._shared.source = make()
-        return self._shared.source
+        if self.shared.source is None:
+            self.shared.source = make()
+        return self.shared.source
 
     def data(self, activations: Activations, **arguments: Any) -> ActivationData:
         """Batches of the stream."""
@@ -167,6 +168,12 @@ class _SharedData(ActivationData):
     def train_dataloader(self) -> _Turns:
         self._member.reader = super().train_dataloader
         return _Turns(self._member, self.trainer.global_step, self.n_steps)
+
+    def validation_rows(self, rank: int = 0, world_size: int = 1) -> Tensor:
+        shared = self._member.shared
+        if shared.validation_rows is None:
+            shared.validation_rows = super().validation_rows(rank, world_size)
+        return shared.validation_rows
 
 
 class _Turns:

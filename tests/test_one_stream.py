@@ -124,8 +124,12 @@ def test_two_together_end_as_alone_with_a_language_model(tmp_path, capfd):
 
 
 def test_every_batch_is_read_once_and_the_source_opened_once(sweep, alone, monkeypatch):
-    read, opened = [], []
-    honest_stream, honest_open = FileActivations.stream, train.open_source
+    read, opened, held_out = [], [], []
+    honest_stream, honest_rows, honest_open = FileActivations.stream, FileActivations.rows, train.open_source
+
+    def rows(self, split, start, stop):
+        held_out.append((split, start))
+        return honest_rows(self, split, start, stop)
 
     def stream(self, split, seed):
         inner = honest_stream(self, split, seed)
@@ -138,10 +142,12 @@ def test_every_batch_is_read_once_and_the_source_opened_once(sweep, alone, monke
         return Counted()
 
     monkeypatch.setattr(FileActivations, "stream", stream)
+    monkeypatch.setattr(FileActivations, "rows", rows)
     monkeypatch.setattr(train, "open_source", lambda *a, **k: opened.append(1) or honest_open(*a, **k))
     status, folder = sweep(FOUR)
     assert status == 0 and len(opened) == 1
     assert read == [("train", 128 * step) for step in range(N_STEPS)]
+    assert held_out.count(("validation", 0)) == 1  # they stay in memory while the stream runs
     for one in sorted(p for p in alone.iterdir() if p.is_dir()):
         assert_equal(one, folder / one.name)
 
