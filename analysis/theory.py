@@ -9,7 +9,6 @@ is lower than that of the best ReLU. The command writes ``ste.json``, which ``an
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from scipy import integrate, optimize, stats
 from torch import Tensor
 
+from analysis.frontier import OneLineParser
 from sae_zoo.functional.activations import heaviside, jumprelu
 from sae_zoo.records import write_json
 
@@ -103,11 +103,12 @@ def best_slope(threshold: float) -> tuple[float, float]:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="analysis.theory", description="Write ste.json into a folder.")
+    parser = OneLineParser(prog="analysis.theory", description="Write ste.json into a folder.")
     parser.add_argument("folder", type=Path, metavar="DIR")
     folder = parser.parse_args(arguments).folder
-    found = estimate()
-    write_json(folder / "ste.json", found)
+    with parser.mistakes():
+        found = estimate()
+        write_json(folder / "ste.json", found)
     print(f"gradient of the expected loss at threshold {THRESHOLD:g}: {found['analytic']:.5f}")
     for bandwidth, mean, error, spread in found["estimates"]:
         print(f"  straight through, bandwidth {bandwidth:<5g} {mean:.5f} ± {error:.5f}   one of {N_SAMPLES:,} samples: "

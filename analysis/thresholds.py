@@ -8,7 +8,7 @@ which E||x||^2 of the training rows is 1, as in training.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +31,38 @@ QUANTILES = (0.5, 0.8, 0.95)
 GRID = torch.linspace(0.1, 2.5, 49)
 
 
-def against_threshold(sae: SAE, rows: Iterable[Tensor], latent: int, thresholds: Tensor, *, coefficient: float,
-                      bandwidth: float, kernel: str) -> tuple[Tensor, Tensor]:
+def against_thresholds(sae: SAE, rows: Iterable[Tensor], thresholds: Mapping[int, Tensor], *, coefficient: float,
+                       bandwidth: float, kernel: str) -> dict[int, tuple[Tensor, Tensor]]:
     """Squared error + coefficient * L0 of a trained SAE at other thresholds of one latent, all else as it is, and the
-    straight-through gradient by that threshold.
+    straight-through gradient by that threshold; for several latents, each on its own.
 
     Args:
         sae: a JumpReLU SAE as :func:`sae_zoo.saes.io.load_sae` gives it: raw activations in, raw latents out.
         rows: pieces of raw activations [n, d_in].
-        thresholds: [m], raw, as are ``coefficient`` (of an error that is not normalised) and ``bandwidth``.
+        thresholds: by latent; [m], raw, as are ``coefficient`` (of an error that is not normalised) and ``bandwidth``.
 
     Returns:
-        Loss [m] (mean over tokens, less that of everything but this latent, which is the same at all thresholds), and
-        gradient [m]; float64.
+        By latent: loss [m] (mean over tokens, less that of everything but this latent, which is the same at all
+        thresholds), and gradient [m]; float64.
     """
-    direction = sae.W_dec[latent]
-    (losses, gradients), n = torch.zeros(2, len(thresholds), dtype=torch.float64), 0
+    found = {latent: torch.zeros(2, len(of_latent), dtype=torch.float64) for latent, of_latent in thresholds.items()}
+    n = 0
     for x in rows:
-        z = (x @ sae.W_enc[:, latent] + sae.b_enc[latent]).contiguous()
-        own = z * (z > sae.threshold[latent])
-        others = (x - sae.reconstruct(x)) @ direction + own * direction.square().sum()  # what the others leave to it
-        n += len(x)
-        for i, threshold in enumerate(thresholds.tolist()):
-            theta = torch.tensor(threshold, device=x.device, requires_grad=True)
-            f = jumprelu(z, theta, bandwidth=bandwidth, kernel=kernel)
-            l0 = heaviside(z, theta, bandwidth=bandwidth, kernel=kernel)
-            loss = (f * (f * direction.square().sum() - 2 * others) + coefficient * l0).sum()
-            loss.backward()
-            losses[i] += loss.item()
-            gradients[i] += theta.grad.item()
-    return losses / n, gradients / n
+        error, n = x - sae.reconstruct(x), n + len(x)
+        for latent, sums in found.items():
+            direction = sae.W_dec[latent]
+            square = direction.square().sum()
+            z = (x @ sae.W_enc[:, latent] + sae.b_enc[latent]).contiguous()
+            others = error @ direction + z * (z > sae.threshold[latent]) * square  # what the others leave to it
+            for i, threshold in enumerate(thresholds[latent].tolist()):
+                theta = torch.tensor(threshold, device=x.device, requires_grad=True)
+                f = jumprelu(z, theta, bandwidth=bandwidth, kernel=kernel)
+                l0 = heaviside(z, theta, bandwidth=bandwidth, kernel=kernel)
+                loss = (f * (f * square - 2 * others) + coefficient * l0).sum()
+                loss.backward()
+                sums[0, i] += loss.item()
+                sums[1, i] += theta.grad.item()
+    return {latent: tuple(sums / n) for latent, sums in found.items()}
 
 
 def measure(run: Any, *, progress_bar: bool = False) -> dict[str, Any]:
@@ -81,17 +83,15 @@ def measure(run: Any, *, progress_bar: bool = False) -> dict[str, Any]:
         raise ValueError(f"no latent of {record['run_dir']} fires; give another run")
     square = activations.mean_squared_norm
     scale, device = square**0.5, sae.W_dec.device
-    latents = []
-    for quantile in QUANTILES:
-        latent = int(alive.index[int(quantile * (len(alive) - 1))])
-        threshold = sae.threshold[latent].item()
-        rows = held_out_rows(activations, "test", N_ROWS, device=device, progress_bar=progress_bar)
-        loss, gradient = against_threshold(
-            sae, rows, latent, GRID * threshold, coefficient=record["coefficient"] * square,
-            bandwidth=record["sae.bandwidth"] * scale, kernel=record["sae.kernel"])
-        latents.append({"latent": latent, "frequency": float(frequency[latent]), "threshold": threshold / scale,
-                        "thresholds": (GRID * threshold / scale).tolist(), "loss": (loss / square).tolist(),
-                        "gradient": (gradient / scale).tolist()})
+    chosen = [int(alive.index[int(quantile * (len(alive) - 1))]) for quantile in QUANTILES]
+    trained = {latent: sae.threshold[latent].item() for latent in chosen}
+    rows = held_out_rows(activations, "test", N_ROWS, device=device, progress_bar=progress_bar)
+    found = against_thresholds(
+        sae, rows, {latent: GRID * threshold for latent, threshold in trained.items()},
+        coefficient=record["coefficient"] * square, bandwidth=record["sae.bandwidth"] * scale, kernel=record["sae.kernel"])
+    latents = [{"latent": latent, "frequency": float(frequency[latent]), "threshold": threshold / scale,
+                "thresholds": (GRID * threshold / scale).tolist(), "loss": (found[latent][0] / square).tolist(),
+                "gradient": (found[latent][1] / scale).tolist()} for latent, threshold in trained.items()]
     return {"hook": record["hook"], "l0": record["l0"], "d_sae": record["d_sae"], "coefficient": record["coefficient"],
             "bandwidth": record["sae.bandwidth"], "kernel": record["sae.kernel"],
             "n_rows": min(N_ROWS, activations.n_rows("test")), "latents": latents}

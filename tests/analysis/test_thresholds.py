@@ -28,8 +28,9 @@ def sae():
 def test_against_the_whole_sae_with_that_threshold(sae):
     x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)) * 2 + 1
     at = torch.tensor([0.1, 0.3, 0.6, 1.2])
-    losses, gradients = thresholds.against_threshold(sae, x.split(150), LATENT, at, coefficient=COEFFICIENT,
-                                                     bandwidth=BANDWIDTH, kernel="rectangle")
+    found = thresholds.against_thresholds(sae, x.split(150), {LATENT: at, LATENT + 1: at + 1}, coefficient=COEFFICIENT,
+                                          bandwidth=BANDWIDTH, kernel="rectangle")
+    losses, gradients = found[LATENT]
     whole, slopes, direction = [], [], sae.W_dec[LATENT]
     for threshold in at:
         sae.threshold_parameter[LATENT] = threshold
