@@ -9,15 +9,17 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import CORPORA, Corpus
@@ -86,8 +88,7 @@ def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> N
     as_found = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let errors through to here instead of printing them over many lines
     try:
-        if named := [argument for argument in sys.argv[1:] if re.search(r"\b_target_\b", argument)]:
-            raise ValueError(f"{named[0]} is refused: nothing is made from a name in a config; leave _target_ out")
+        _check_command_line(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name=config_name)(task)()
     except KeyboardInterrupt as stop:
         print(f"sae_zoo.{config_name}: {str(stop) or 'interrupted'}; the same command goes on from what is finished",
@@ -101,6 +102,48 @@ def run_entry_point(task: Callable[[DictConfig], object], config_name: str) -> N
     finally:
         if as_found is None:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+# What Hydra itself writes into the config of a sweep: its launcher and its sweeper.
+_HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra_plugins.")
+
+
+def _what_it_makes(config: Any) -> Iterator[str]:
+    """Of a YAML file: names of what is to be made, and of folders with more configs."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            if key == "_target_" and not str(value).startswith(_HYDRAS_OWN) or key == "searchpath" and value:
+                yield f"{key}: {value}"
+            yield from _what_it_makes(value)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _what_it_makes(value)
+
+
+def _check_command_line(arguments: Sequence[str]) -> None:
+    """Hydra makes objects of whatever a config names (a callback, a launcher), before any task could look at it.
+
+    Raises:
+        ValueError: if an argument names something that is to be made, or a folder with configs that do, or a pickle.
+    """
+    if named := [argument for argument in arguments if re.search(r"\b_target_\b", argument)]:
+        raise ValueError(f"{named[0]} is refused: nothing is made from a name in a config; leave _target_ out")
+    if any(re.match(r"[~+]*hydra\.searchpath\b", argument) for argument in arguments):
+        raise ValueError("hydra.searchpath is refused; give one folder with --config-dir")
+    given = get_args_parser().parse_known_args(arguments)[0]
+    if given.experimental_rerun is not None:
+        raise ValueError(f"--experimental-rerun {given.experimental_rerun} is refused: a pickle can run anything when it is "
+                         "read; give the run's command again")
+    for folder in filter(None, (given.config_dir, given.config_path)):
+        for file in sorted(file for place in {Path(folder), _PACKAGE / folder} for file in place.rglob("*.yaml")):
+            try:
+                if not re.search(r"_target_|searchpath|\\", file.read_text()):  # a key may be written with escapes
+                    continue  # parsing the configs of a thousand runs would take seconds
+                config = OmegaConf.to_container(OmegaConf.load(file))
+            except (OmegaConfBaseException, YAMLError, UnicodeError, OSError):
+                continue  # Hydra could not read it either
+            if made := next(_what_it_makes(config), None):
+                raise ValueError(f"{file} is refused: nothing is made from a name in a config; leave {made} out")
 
 
 # Names of folders.

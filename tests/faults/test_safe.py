@@ -57,6 +57,49 @@ def test_target_is_refused(module, override, monkeypatch, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("module", [train, harvest, pretrain, evaluate], ids=lambda m: m.__name__)
+@pytest.mark.parametrize(("where", "text"), [
+    ("hydra/launcher/evil.yaml", "_target_: subprocess.call"),
+    ("experiment/evil.yaml", "hydra:\n  callbacks:\n    x: {'_target_' : \"os.system\", command: touch x}"),
+    ("evil.yaml", "x:\n  - \"_tar\\u0067et_\": hydra.utils.get_method"),
+    ("evil.yaml", "hydra:\n  searchpath: ['file:///tmp']"),
+])
+@pytest.mark.parametrize("flag", ["--config-dir=more", "-cd=more", "--config-path={path}"])
+def test_a_folder_of_configs_that_name_a_class_is_refused(module, where, text, flag, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "more" / where
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["x", flag.format(path=tmp_path / "more")])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"{where} is refused" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["more"]
+
+
+def test_a_folder_of_configs_of_ones_own_is_read(monkeypatch, capsys, tmp_path):
+    """Beside a sweep's multirun.yaml, in which Hydra names its own launcher."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "more/experiment").mkdir(parents=True)
+    (tmp_path / "more/experiment/mine.yaml").write_text("# @package _global_\nl0_target: -7")
+    (tmp_path / "more/multirun.yaml").write_text(
+        "hydra:\n  launcher:\n    _target_: hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+    monkeypatch.setattr(sys, "argv", ["x", "--config-dir=more", "experiment=mine", f"output_dir={tmp_path / 'out'}"])
+    with pytest.raises(SystemExit):
+        train.main()
+    assert "l0_target is -7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--experimental-rerun=config.pickle", "hydra.searchpath=[file:///tmp]"])
+def test_pickles_and_search_paths_are_refused(argument, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["x", argument])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "refused" in error
+
+
 def test_a_value_that_only_looks_like_it_is_not_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "sae.sparsity_loss=l0_target_gemma_scope_2", "lm=banana"])
     with pytest.raises(SystemExit):
