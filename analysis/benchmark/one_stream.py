@@ -21,8 +21,7 @@ from omegaconf import DictConfig
 
 from analysis.benchmark.quality import align
 from analysis.benchmark.step import Trainee, synthetic
-from sae_zoo.config import compose_config, device_of
-from sae_zoo.memory import keep_freed_memory
+from sae_zoo.config import compose_config, device_of, prepare_process
 from sae_zoo.one_stream import current, train_together
 from sae_zoo.saes import variants
 from sae_zoo.source import open_source
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """The benchmark; prints its table and returns what ``--json`` shows."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    prepare_process()
     configs = [compose_config("train", [*args.overrides, f"sae={variant}", f"l0_target={target}",
                                         f"recipe.n_steps={args.steps}", "trainer.progress_bar=false"])
                for target, variant in product(TARGETS, variants())]

@@ -20,6 +20,7 @@ from sae_zoo.data.permutation import Permutation
 # safetensors' names of the types that are stored, https://huggingface.co/docs/safetensors
 _TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I32": torch.int32}
 _PIECE_BYTES = 1 << 20  # of a shard that is put into its order at a time
+_SHARED_BYTES = 1 << 24  # of that many and more two threads put half each
 
 
 class StoredFile(Protocol):
@@ -85,6 +86,18 @@ class StoredTensor(NamedTuple):
         Raises:
             ValueError: if the file ends before.
         """
+        n = len(place)
+        if n * self._row_bytes < _SHARED_BYTES:
+            return self._put(out, place)
+        # Memory is what limits this, and one thread does not use all that memory can do: alone it puts rows into their
+        # places at half the speed of a plain read, two reach 0.9 of it.
+        with ThreadPoolExecutor(1, thread_name_prefix="half a shard") as pool:
+            other = pool.submit(self.window(n // 2, n)._put, out, place[n // 2 :])
+            self.window(0, n // 2)._put(out, place[: n // 2])
+            other.result()
+
+    def _put(self, out: Tensor, place: np.ndarray) -> None:
+        """:meth:`read_to` in this thread."""
         n = len(place)
         target = out.view(torch.uint8).view(len(out), self._row_bytes).numpy()
         # Through a piece that stays in the processor's cache: the disk is read in order, and every row goes once to
