@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 
 from analysis.claims.evidence import Evidence
-from analysis.claims.report import as_json, format_notes, format_table, judge
+from analysis.claims.report import as_json, format_by_l0, format_notes, format_table, judge
 from analysis.frontier import OneLineParser
 
 
@@ -25,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         findings = judge(evidence)
     print(format_table(findings))
     print()
+    if by_l0 := format_by_l0(findings):
+        print(f"{by_l0}\n")
     print(format_notes(findings, evidence))
     if parsed.json:
         print(json.dumps(as_json(findings, evidence), allow_nan=False))

@@ -15,6 +15,8 @@ from analysis.pareto import interpolate_at
 
 # L0s at which curves are compared, evenly in log L0 over the range that all of them were measured in.
 GRID = 25
+# L0s at which they are compared one by one, for who asks at what sparsity; an end of a curve may be that far from one.
+LADDER, NEAR = tuple(5 * 2**k for k in range(9)), 0.05
 
 
 @dataclass
@@ -49,17 +51,19 @@ class Units:
         return mean and mean.transformed(math.exp)
 
 
-def on_grid(curves: Sequence[Curve], metric: str, *, log: bool) -> tuple[np.ndarray, np.ndarray]:
+def on_grid(curves: Sequence[Curve], metric: str, *, log: bool,
+            at: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """``metric`` of several curves at the same L0s, evenly in log L0 over the range that all of them were measured in.
 
     Args:
         log: interpolate the logarithm of the metric and give that; else the metric itself (shares, which may be zero).
+        at: this L0 alone.
 
     Returns:
         The L0s [GRID] and the values [curves, GRID].
 
     Raises:
-        ValueError: if a curve has not two usable points, or the ranges do not overlap.
+        ValueError: if a curve has not two usable points, or the ranges do not overlap, or are not about ``at``.
     """
     points = [curve.points(metric, log=log) for curve in curves]
     low, high = max(min(l0s) for l0s, _ in points), min(max(l0s) for l0s, _ in points)
@@ -67,17 +71,22 @@ def on_grid(curves: Sequence[Curve], metric: str, *, log: bool) -> tuple[np.ndar
         raise ValueError(f"no L0 was measured by all: the ranges are "
                          f"{', '.join(f'{min(l0s):.4g} to {max(l0s):.4g}' for l0s, _ in points)}")
     grid = np.geomspace(low, high, GRID)
+    if at is not None:
+        if not low * (1 - NEAR) <= at <= high * (1 + NEAR):
+            raise ValueError(f"L0 {at:g} was not measured by all")
+        grid = np.clip([at], low, high)
     values = np.array([[interpolate_at(l0s, own, at, log_values=log) for at in grid] for l0s, own in points])
     return grid, np.log(values) if log else values
 
 
 def mean_difference(evidence: Evidence, arm: Arm, references: Sequence[Arm], metric: str, *, log: bool = True,
-                    best: Callable = np.minimum) -> Units:
+                    best: Callable = np.minimum, at: float | None = None) -> Units:
     """For each pair the mean over its grid of ``arm`` minus the best of ``references`` at each L0; with ``log`` of the
     logarithms, so a mean log ratio.
 
     Args:
         references: where a pair has several of them, ``best`` (np.minimum or np.maximum) chooses at each L0.
+        at: at this L0 alone.
     """
     units = Units(left_out=[*arm.left_out, *(line for reference in references for line in reference.left_out)])
     missing: dict[str, list[str]] = {}
@@ -89,7 +98,7 @@ def mean_difference(evidence: Evidence, arm: Arm, references: Sequence[Arm], met
             continue
         curves.insert(0, arm.curves[pair])
         try:
-            grid, values = on_grid(curves, metric, log=log)
+            grid, values = on_grid(curves, metric, log=log, at=at)
         except ValueError as error:
             units.left_out.append(f"{evidence.where(pair)}: {arm.name} against "
                                   f"{' and '.join(reference.name for reference in references)}: {error}")
@@ -98,6 +107,12 @@ def mean_difference(evidence: Evidence, arm: Arm, references: Sequence[Arm], met
     units.left_out += [f"no curve of {name} at {'; '.join(places)}" for name, places in missing.items()
                        if arm.curves and any(reference.curves for reference in references)]
     return units
+
+
+def ratios_by_l0(evidence: Evidence, arm: Arm, references: Sequence[Arm], metric: str) -> dict[int, Estimate]:
+    """The geometric mean ratio of ``arm`` to the best of ``references`` at each L0 of the ladder that was measured."""
+    found = {at: mean_difference(evidence, arm, references, metric, at=at).ratio() for at in LADDER}
+    return {at: ratio for at, ratio in found.items() if ratio is not None}
 
 
 def mean_level(evidence: Evidence, arms: Sequence[Arm], metric: str) -> Units:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.claims.compare import Units, mean_difference, mean_level, slopes
+from analysis.claims.compare import Units, mean_difference, mean_level, ratios_by_l0, slopes
 from analysis.claims.evidence import NAMES, Arm, Evidence, is_published
 from analysis.claims.finding import (
     PAPER_D_SAE, Check, Finding, decide, finding, has_auxk, not_measured, over, plain, show,
@@ -17,11 +17,12 @@ from analysis.claims.intervals import Estimate
 LOSSES = {"fvu": "FVU", "delta_lm_loss": "delta LM loss"}
 
 
-def _losses(evidence: Evidence, references: Sequence[Arm]) -> tuple[dict[str, Units], dict[str, Estimate | None]]:
-    """Both losses of JumpReLU over the best of ``references``."""
+def _losses(evidence: Evidence, references: Sequence[Arm]) -> tuple[dict[str, Units], dict[str, Estimate | None], dict]:
+    """Both losses of JumpReLU over the best of ``references``; and the same at single L0s, as plain values."""
     jumprelu = evidence.arm("jumprelu")
     units = {metric: mean_difference(evidence, jumprelu, references, metric) for metric in LOSSES}
-    return units, {metric: own.ratio() for metric, own in units.items()}
+    by_l0 = {metric: plain(evidence, ratios_by_l0(evidence, jumprelu, references, metric)) for metric in LOSSES}
+    return units, {metric: own.ratio() for metric, own in units.items()}, by_l0
 
 
 def _loss_finding(evidence: Evidence, verdict: str, against: str, units: dict[str, Units],
@@ -43,7 +44,7 @@ def against_gated(evidence: Evidence) -> Finding:
     hold if one of the two lies above 1.
     """
     gated = [evidence.arm("gated"), evidence.arm("gated_ri_l1")]
-    units, ratios = _losses(evidence, gated)
+    units, ratios, by_l0 = _losses(evidence, gated)
     if not any(ratios.values()):
         return not_measured("FVU ratio JumpReLU / Gated at matched L0", *units.values(),
                             why="No curves of JumpReLU and Gated that can be compared.")
@@ -61,7 +62,7 @@ def against_gated(evidence: Evidence) -> Finding:
     verdict = decide(holds=all(own is not None and own.is_below(1) for own in ratios.values()) and not against,
                      fails=any(own is not None and own.is_above(1) for own in ratios.values()))
     result = _loss_finding(
-        evidence, verdict, "Gated", units, ratios, caveats, n_sites=len(sites), n_sites_lower=len(lower),
+        evidence, verdict, "Gated", units, ratios, caveats, by_l0=by_l0, n_sites=len(sites), n_sites_lower=len(lower),
         n_sites_interval_below_1=len(surely), sites_interval_above_1=against)
     result.words += (f"; below 1 at {len(lower)} of {len(sites)} sites/layers, with the interval of their seeds at "
                      f"{len(surely)}")
@@ -72,13 +73,13 @@ def against_topk(evidence: Evidence) -> Finding:
     """C2 holds if the intervals of both ratios JumpReLU / TopK at matched L0, FVU and delta LM loss, end below 1.01 (a
     margin of 1 %). It does not hold if one of the two begins above 1.01.
     """
-    units, ratios = _losses(evidence, [evidence.arm("topk")])
+    units, ratios, by_l0 = _losses(evidence, [evidence.arm("topk")])
     if not any(ratios.values()):
         return not_measured("FVU ratio JumpReLU / TopK at matched L0", *units.values(),
                             why="No curves of JumpReLU and TopK that can be compared.")
     verdict = decide(holds=all(own is not None and own.is_below(1.01) for own in ratios.values()),
                      fails=any(own is not None and own.is_above(1.01) for own in ratios.values()))
-    return _loss_finding(evidence, verdict, "TopK", units, ratios)
+    return _loss_finding(evidence, verdict, "TopK", units, ratios, by_l0=by_l0)
 
 
 def shrinkage(evidence: Evidence) -> Finding:

@@ -45,6 +45,28 @@ def format_table(findings: Mapping[str, Finding]) -> str:
     return "\n".join(lines)
 
 
+def format_by_l0(findings: Mapping[str, Finding]) -> str:
+    """A row for each L0 at which the claims on losses were compared, a column for each claim and loss; empty where there
+    is nothing of it.
+    """
+    columns = {(name, metric): ratios for name, found in findings.items()
+               for metric, ratios in found.details.get("by_l0", {}).items() if ratios}
+    if not columns:
+        return ""
+    rows = [("L0", *(f"{name} {frontiers.LOSSES[metric]}" for name, metric in columns))]
+    rows += [(str(at), *(_shown(ratios.get(at)) for ratios in columns.values()))
+             for at in sorted({at for ratios in columns.values() for at in ratios})]
+    return "\n".join(["ratios at single L0s, below 1 where JumpReLU is better:", *(
+        f"{at:>6}" + "".join(f"  {cell:24}" for cell in cells).rstrip() for at, *cells in rows)])
+
+
+def _shown(ratio: Mapping[str, Any] | None) -> str:
+    if ratio is None:
+        return "-"
+    interval = ratio["interval"]
+    return f"{ratio['effect']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
 def format_notes(findings: Mapping[str, Finding], evidence: Evidence) -> str:
     """Caveats, each with the claims that it is one of, and what was left out."""
     lines = ["caveats:"]
