@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from analysis.paper.advantage import draw_advantage
 from analysis.paper.cost import draw_cost
 from analysis.paper.curves import draw_curves, notes_on_curves
 from analysis.paper.frequencies import draw_frequencies, notes_on_frequencies
@@ -30,6 +31,7 @@ __all__ = ["FIGURES", "NotMeasured", "PaperResult", "Runs", "draw_paper", "load_
 FIGURES: dict[str, Callable[[Runs], Figure]] = {
     "delta_lm_loss": partial(draw_curves, key="delta_lm_loss"),
     "fvu": partial(draw_curves, key="fvu"),
+    "advantage": draw_advantage,
     "windows": lambda runs: draw_windows(),
     "thresholds": draw_thresholds,
     "above_1pct": partial(draw_curves, key="fraction_above_1pct"),

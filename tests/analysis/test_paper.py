@@ -243,6 +243,8 @@ def test_no_text_overlaps_or_is_cut(sweep, records):
     (runs.directories[0] / "step.json").write_text(json.dumps(STEP))
     (runs.directories[0] / "thresholds.json").write_text(json.dumps(THRESHOLDS))
     for name, draw in FIGURES.items():
+        if name == "advantage" and not {"jumprelu", "topk"} <= {r["label"] for r in records}:
+            continue  # nothing to compare
         figure = draw(runs)
         renderer = FigureCanvasAgg(figure).get_renderer()
         figure.draw(renderer)

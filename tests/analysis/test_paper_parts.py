@@ -11,6 +11,7 @@ import torch
 from analysis.paper import FIGURES, NotMeasured, load_runs
 from analysis.paper.frequencies import common_target, draw_frequencies, histogram, notes_on_frequencies
 from analysis.paper.windows import BANDWIDTH, THRESHOLD, draw_windows
+from analysis.style import STYLES
 from sae_zoo.functional.activations import KERNEL_STD, heaviside, jumprelu
 
 
@@ -30,6 +31,33 @@ def grid(labels=("jumprelu", "topk"), targets=(10, 40, 160), seeds=(0, 1)):
 def latents(seed, n=400, dead=0.1):
     by = random.Random(seed)
     return [0.0 if by.random() < dead else round(10 ** by.uniform(-4.9, -0.1), 5) for _ in range(n)]
+
+
+# JumpReLU's advantage.
+
+
+def test_the_advantage_at_each_l0_with_its_interval(sweep):
+    factors = {"topk": {10: 1.25, 40: 0.8}, "gated": {10: 2.0, 40: 2.0}, "gated_ri_l1": {10: 1.6, 40: 2.5}, "jumprelu": {}}
+    records = [record(label, target, seed, l0=target, fvu=factor.get(target, 1) / target * (1 + 0.01 * seed * (label == "topk")))
+               for label, factor in factors.items() for target in (10, 40) for seed in range(3)]
+    (axes,) = (figure := FIGURES["advantage"](load_runs([sweep(*records)]))).axes  # none of them has a delta LM loss
+    assert axes.get_title(loc="left") == "FVU: JumpReLU / other"
+    mean = 1.01 * 1.02
+    expected = {"topk": [0.8 / mean ** (1 / 3), 1.25 / mean ** (1 / 3)], "gated": [1 / 1.6, 1 / 2]}  # Gated's better form
+    for label, ratios in expected.items():
+        own = [line for line in axes.lines if line.get_color() == STYLES[label].color]
+        (means,) = (line for line in own if line.get_marker() == STYLES[label].marker)
+        at = [at for at, _ in zip(*means.get_data())]
+        drawn = [ratio for x, ratio in zip(*means.get_data()) if min(abs(x / target - 1) for target in (10, 40)) < 0.03]
+        assert len(at) == 3 and drawn == pytest.approx(ratios, rel=1e-6)  # at 20 between the two
+        bars = [line.get_ydata() for line in own if line is not means]
+        assert len(bars) == 3 and all(low <= middle <= high for (low, high), middle in zip(bars, means.get_ydata()))
+    assert any("3 pairs" in text.get_text() for text in figure.texts)
+
+
+def test_no_advantage_without_a_variant_to_compare_with(sweep):
+    with pytest.raises(NotMeasured, match="no curves of JumpReLU and TopK or Gated"):
+        FIGURES["advantage"](load_runs([sweep(*grid(("jumprelu", "relu")))]))
 
 
 # Frequencies.
