@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,11 @@ class Source:
     activations: Activations
     lm: LoadedLM | None
     hook: HookPoint | None
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Meanwhile the language model makes room on its device, unless the activations come from it."""
+        stays = self.lm is None or isinstance(self.activations, OnlineActivations)
+        return nullcontext() if stays else self.lm.aside()
 
     @property
     def cache_id(self) -> str | None:

@@ -11,6 +11,7 @@ import shutil
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,8 +211,11 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
         process = place_of_process() if _n_processes(cfg) > 1 else (0, 1)
         source = place.open(lambda: open_source(cfg, device, process=process, progress_bar=show))
         record |= {"data_id": source.activations.data_id, "cache_id": source.cache_id, "d_in": source.activations.d_in}
+        if not leader:
+            source = replace(source, lm=None)  # which the evaluation alone needs, and the leader alone evaluates
         fit_started = place.clock()
-        sae = fit(cfg, source, run_dir)
+        with source.aside():
+            sae = fit(cfg, source, run_dir)
         if not leader:
             return record
         record["seconds_training"] = round(place.clock() - fit_started, 1)

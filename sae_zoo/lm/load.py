@@ -33,6 +33,7 @@ class LoadedLM:
         fingerprint: names its weights, config and tokenizer: SHA-256 of a folder's files, or the hub model's commit.
         path: as it was asked for.
         n_layers: transformer layers.
+        device: where it was put; None where transformers has spread it over several.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,17 @@ class LoadedLM:
     fingerprint: str
     path: str
     n_layers: int
+    device: torch.device | None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Meanwhile the model waits in the host's memory, so that its device has room; one that is spread stays."""
+        if self.device is None:
+            yield
+            return
+        self.model.to("cpu")
+        yield  # after an error there may be no room on the device, and the error must not be lost
+        self.model.to(self.device)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -137,4 +149,5 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
     model.requires_grad_(False).eval()
     if device_map is None:
         model.to(device)
-    return LoadedLM(model, tokenizer, fingerprint, path, count_layers(model))
+    return LoadedLM(model, tokenizer, fingerprint, path, count_layers(model),
+                    torch.device(device) if device_map is None else None)

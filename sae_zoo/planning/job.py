@@ -188,10 +188,11 @@ class Job:
         return (rows * self.sae.d_sae * rates.encode, 2 * rows * self.sae.d_in * self.sae.d_sae)
 
     def _training(self, machine: Machine, rates: Rates) -> Phase:
-        """``n_steps`` steps, and looks at the validation rows between them. Memory: the language model, which waits for
-        the evaluation, two shards, the batches that are read ahead, and :meth:`SAECost.peak_bytes`; on the fly, instead
-        of shards, the buffer, the packed tokens and what the language model has read ahead. Its passes are added to the
-        steps: they run beside them, but on the same processors.
+        """``n_steps`` steps, and looks at the validation rows between them. Memory: two shards, the batches that are read
+        ahead, and :meth:`SAECost.peak_bytes`; on the host, in one process, the language model, which waits for the
+        evaluation. On the fly it is on every device instead; and for shards, the buffer, the packed tokens and what the
+        language model has read ahead. Its passes are added to the steps: they run beside them, but on the same
+        processors.
         """
         sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.controlled
         seconds, flops = self._encoding(rates, looks * self.n_validation_rows)
@@ -204,7 +205,9 @@ class Job:
             pass_bytes = _heap(machine) * self.harvest.cost.peak_bytes
         peak = sae.peak_bytes(sae.d_sae if self.dense else entries, dense=self.dense or self.starts_dense,
                               device=machine.device_type)
-        memory = self._memory(machine, host=batches + waiting, device=self._lm_bytes() + peak + pass_bytes)
+        lm_waits, lm_works = (self._lm_bytes(), 0) if self.online is None else (0, self._lm_bytes())
+        host, device = self._memory(machine, host=batches + waiting, device=lm_works + peak + pass_bytes)
+        memory = host + lm_waits, device
         seconds += self.n_steps * self.step_seconds(rates) + of_lm / self.devices * rates.lm_flop
         return Phase("training", seconds, flops + self.n_steps * a_step * self.devices + of_lm, *memory)
 

@@ -20,7 +20,7 @@ def forwards(monkeypatch):
         num_key_value_heads=1, head_dim=8)).eval().requires_grad_(False)
     seen = []
     model.register_forward_hook(lambda *_: seen.append(1))
-    return LoadedLM(model, None, "tiny", "tiny", 2), seen
+    return LoadedLM(model, None, "tiny", "tiny", 2, torch.device("cpu")), seen
 
 
 @pytest.fixture

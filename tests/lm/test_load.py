@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from sae_zoo.lm import load
 from sae_zoo.lm.hooks import SITES, capture, lm_forward, resolve_hook
-from sae_zoo.lm.load import load_lm
+from sae_zoo.lm.load import LoadedLM, load_lm
 from sae_zoo.lm.pretraining import build_model, train_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -212,3 +212,32 @@ def test_a_user_can_name_a_model_and_write_sites():
     assert (config.name, config.path) == ("acme/tiny", "acme/tiny")
     model = build_model(ARCHITECTURE, train_tokenizer(["x"], 260, 8), 8, seed=0)
     assert resolve_hook(model, config.sites, 0, "embedding").module == "model.embed_tokens"
+
+
+class Moved(torch.nn.Linear):
+    """Says where it was put; there may be no other device here."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.places = []
+
+    def to(self, device):
+        self.places.append(str(device))
+
+
+def test_a_model_waits_in_host_memory_and_comes_back():
+    model = Moved()
+    lm = LoadedLM(model, None, "x", "x", 1, torch.device("cuda"))
+    with lm.aside():
+        assert model.places == ["cpu"]
+    assert model.places == ["cpu", "cuda"]
+    with pytest.raises(MemoryError), lm.aside():
+        raise MemoryError
+    assert model.places == ["cpu", "cuda", "cpu"]  # it stays away from a device that may be full
+
+
+def test_a_model_that_is_spread_over_devices_stays():
+    model = Moved()
+    with LoadedLM(model, None, "x", "x", 1, None).aside():
+        pass
+    assert model.places == []
