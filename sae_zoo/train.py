@@ -202,7 +202,7 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
     if leader:
         write_text(run_dir / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     place = current()
-    started = place.clock()
+    started, at_once = place.clock(), not any(checkpoints.glob("*"))
     try:
         check_settings(cfg)
         use_own_device(devices_of(cfg.trainer.accelerator, cfg.trainer.devices))
@@ -218,7 +218,8 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
             sae = fit(cfg, source, run_dir)
         if not leader:
             return record
-        record["seconds_training"] = round(place.clock() - fit_started, 1)
+        # Of a run that was interrupted the seconds of its last process alone are known, which would mislead.
+        record["seconds_training"] = round(place.clock() - fit_started, 1) if at_once else None
         metrics = evaluate_sae(cfg, sae, source, run_dir)
         record |= metrics
         record["coefficient"] = sae.coefficient if sae.has_coefficient else None
@@ -231,7 +232,8 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
         record["l0_missed"] = missed
         keys = ("lm", "hook", "cache_id", "l0_target", "l0", "fvu", "seed", "config_hash")
         save_sae(sae, run_dir, about={key: record[key] for key in keys})
-        record |= {"status": FINISHED, "error": None, "seconds": round(place.clock() - started, 1)}
+        record |= {"status": FINISHED, "error": None,
+                   "seconds": round(place.clock() - started, 1) if at_once else None}
     except Exception as error:
         record |= {"error": one_line(error), "traceback": traceback.format_exc(),
                    "seconds": round(place.clock() - started, 1)}

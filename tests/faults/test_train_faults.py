@@ -92,6 +92,8 @@ def test_ctrl_c_once(run, tmp_path, monkeypatch, whole):
     assert lines == ["sae_zoo.train: interrupted after step 34; the same command goes on from what is finished"]
     assert checkpoints(tmp_path) == ["000000020.ckpt", "000000034.ckpt"]
     assert run(tmp_path)[0] == 0 and results(tmp_path) == whole and not checkpoints(tmp_path)
+    record = read_record(tmp_path / "runs/s/jumprelu-l0_4-seed_0")
+    assert record["seconds"] is record["seconds_training"] is None  # the first part's are not known any more
 
 
 def test_ctrl_c_twice_stops_at_once(run, tmp_path, monkeypatch, whole):
