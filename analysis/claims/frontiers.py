@@ -154,9 +154,10 @@ def dead_latents(evidence: Evidence) -> Finding:
     """
     key = "dead_fraction"
     # By variant: where the recipe has AuxK for all, those without are an ablation with a label of its own.
-    jumprelu = evidence.arm_of(NAMES["jumprelu"], lambda run: run.get("variant") == "jumprelu" and is_published(run)
-                               and has_auxk(run) is False)
-    others = {"TopK with AuxK": [evidence.arm("topk", lambda run: has_auxk(run) is True)],
+    jumprelu, topk = (evidence.arm_of(NAMES[variant], lambda run: run.get("variant") == variant and is_published(run)
+                                      and has_auxk(run) is with_it)
+                      for variant, with_it in (("jumprelu", False), ("topk", True)))
+    others = {"TopK with AuxK": [topk],
               "Gated": [evidence.arm("gated"), evidence.arm("gated_ri_l1")]}
     units = {name: mean_difference(evidence, jumprelu, arms, key, log=False) for name, arms in others.items()}
     level = mean_level(evidence, [jumprelu], key)

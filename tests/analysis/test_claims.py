@@ -324,6 +324,11 @@ def test_dead_latents_where_the_recipe_has_auxk_for_all():
     assert judged(main)["C9"].verdict == NOT_MEASURED
     found = judged(main + without)["C9"]
     assert found.verdict == FAILS and found.details["share"]["effect"] == pytest.approx(0.09, abs=1e-4)
+    # experiment=auxk alone has TopK, too, under labels of its own
+    topk = [r | {"label": f"topk_auxk_{c:g}", "sae.auxk_coefficient": c, "dead_fraction": 0.02 if c else 0.5}
+            for r in records if r["label"] == "topk" for c in (0, 0.03125)]
+    difference = judged(without + topk)["C9"].details["differences"]["TopK with AuxK"]
+    assert difference["effect"] == pytest.approx(0.07, abs=1e-4)
 
 
 @pytest.mark.parametrize(("slopes", "scales", "verdict"), [
