@@ -151,6 +151,17 @@ def test_at_what_l0():
     assert format_by_l0(judged(curve("jumprelu"))) == ""
 
 
+def test_a_curve_with_fewer_points_does_not_gain_by_its_bend():
+    """Both lie on one curve that bends, as FVU does in log-log; TopK was measured between the others, too."""
+    def bent(label, targets, seed):
+        return [run(label, at, seed, fvu=math.exp(-0.3 * math.log(at / 10) ** 2), l0=at) for at in targets]
+
+    for at in ((10, 40), (10, 20, 40)):
+        records = [record for seed in range(3) for record in (*bent("topk", (5, 10, 20, 40, 80), seed),
+                                                              *bent("jumprelu", at, seed))]
+        assert judged(records)["C2"].effect == pytest.approx(1)
+
+
 def test_an_l0_that_was_only_nearly_measured_is_taken_and_a_far_one_is_not():
     records = [record for seed in range(3) for record in (*curve("topk", seed, targets=(10.3, 38)),
                                                           *curve("jumprelu", seed, fvu=0.9, targets=(10.3, 38)))]
