@@ -206,10 +206,10 @@ class _Command:
         """All jobs so far."""
         kept = [planned.job.sae.kept_bytes for planned in self.planned]
         of_stream = Counter()
-        for stream, n_bytes in zip(self._streams, kept, strict=True):
-            of_stream[stream] += n_bytes
-        planned = tuple(planned if stream is None else replace(planned, beside=of_stream[stream] - n_bytes)
-                        for planned, stream, n_bytes in zip(self.planned, self._streams, kept, strict=True))
+        for stream, own in zip(self._streams, kept, strict=True):
+            of_stream[stream] += own
+        planned = tuple(planned if stream is None else replace(planned, beside=of_stream[stream] - own)
+                        for planned, stream, own in zip(self.planned, self._streams, kept, strict=True))
         copies = min(sum(whole for whole, _ in self.copies.values()), max((most for _, most in self.copies.values()),
                                                                           default=0))
         return Plan(self._planner.machine, planned, tuple(self.harvest_of), frozenset(self.here), copies)

@@ -7,12 +7,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.claims.compare import ratios_by_l0
 from analysis.claims.evidence import NAMES, Evidence
+from analysis.claims.frontiers import LOSSES
 from analysis.claims.intervals import Estimate
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import NotMeasured, Runs
 from analysis.style import STYLES, TEXT, label_log_axes
 
-METRICS = {"fvu": "FVU", "delta_lm_loss": "delta LM loss"}
 # Those of claims C1 and C2; of Gated's two forms the better at each L0. ReLU is so far away that it would hide the rest.
 OTHERS = {"topk": ("topk",), "gated": ("gated", "gated_ri_l1")}
 _BESIDE = 1.04  # between the bars of two variants at one L0
@@ -26,7 +26,7 @@ def ratios(runs: Runs) -> dict[str, dict[str, dict[int, Estimate]]]:
     """
     evidence = Evidence(runs.directories)
     found = {metric: {label: ratios_by_l0(evidence, evidence.arm("jumprelu"), [evidence.arm(form) for form in forms], metric)
-                      for label, forms in OTHERS.items()} for metric in METRICS}
+                      for label, forms in OTHERS.items()} for metric in LOSSES}
     found = {metric: own for metric, of_labels in found.items()
              if (own := {label: ratio for label, ratio in of_labels.items() if ratio})}
     if not found:
@@ -71,7 +71,7 @@ def draw_advantage(runs: Runs) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator(l0s))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_title(f"{METRICS[metric]}: JumpReLU / other", loc="left", fontsize=SIZE, color=TEXT)
+        axes.set_title(f"{LOSSES[metric]}: JumpReLU / other", loc="left", fontsize=SIZE, color=TEXT)
     say(figure, "L0 (active latents per token); below the dashed line JumpReLU is better", left, bottom - 0.25)
     figure.legend(handles.values(), handles, loc="upper right", ncols=len(handles), frameon=False, fontsize=SIZE,
                   labelcolor=TEXT, borderpad=0, borderaxespad=0, handlelength=1.6, bbox_to_anchor=(0.99, 1 - 0.4 / top))
