@@ -94,7 +94,7 @@ def _pretrain(cfg: DictConfig, lm_dir: Path) -> dict:
     checkpoints.fit(trainer, module, data, newest_checkpoint(checkpoint_dir))
 
     device = device_of(cfg.accelerator)
-    module.to(device=device, dtype=torch.bfloat16)  # evaluated as it is shipped
+    module.to(device=device, dtype=torch.bfloat16).float()  # evaluated as it is shipped, and loaded: rounded, then widened
     report = {
         "architecture": type(model).__name__, "n_parameters": n_parameters, "n_steps": cfg.n_steps,
         "tokens_seen": cfg.n_steps * cfg.batch_size * cfg.context_size, "context_size": cfg.context_size,
@@ -108,6 +108,7 @@ def _pretrain(cfg: DictConfig, lm_dir: Path) -> dict:
             "bits_per_byte_of_xz_9": len(lzma.compress(text, preset=9)) * 8 / len(text),
         }
     unfinished = work / "export"
+    module.bfloat16()
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from sae_zoo import pretrain
 from sae_zoo.config import CONFIG_DIR, compose_config
 from sae_zoo.lm.hooks import capture, hook_width, resolve_hook
 from sae_zoo.lm.load import load_lm
-from sae_zoo.lm.pretraining import LanguageModelPretraining, build_model
+from sae_zoo.lm.pretraining import Float32, LanguageModelPretraining, build_model
 
 ARCHITECTURE = "+architecture={model_type: gpt2, n_embd: 32, n_inner: 48, n_layer: 2, n_head: 2}"
 
@@ -105,3 +106,18 @@ def test_a_disk_that_is_full_when_the_model_is_written(run, whole, small_disk, m
     (disk / "filler").unlink()
     monkeypatch.setattr(LanguageModelPretraining, "training_step", lambda *_: pytest.fail("it trains again"))
     assert run(disk)[0] == 0 and files(disk) == whole
+
+
+def test_muon_in_float32_is_muon_but_for_the_rounding_of_bfloat16():
+    def step(context):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(48, 32))
+        weight.grad = torch.randn(48, 32)
+        gradient = weight.grad.clone()
+        with context:
+            torch.optim.Muon([weight], lr=0.02).step()
+        assert torch.equal(weight.grad, gradient)
+        return weight.detach()
+
+    difference = (step(nullcontext()) - step(Float32())).norm() / (0.02 * 32**0.5)  # singular values of a step: about 1
+    assert 0 < difference < 0.02

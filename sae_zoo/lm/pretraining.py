@@ -8,12 +8,14 @@ checkpoint holds, so a run that was killed goes on as if nothing had happened.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
@@ -140,13 +142,27 @@ class LanguageModelPretraining(pl.LightningModule):
         if not math.isfinite(loss):
             raise ValueError(f"loss is {loss} at step {self.global_step}; lower the learning rates")
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        muon.step()
+        with Float32() if batch.device.type == "cpu" else nullcontext():
+            muon.step()
         adamw.step()
         self.log("loss", loss, prog_bar=True)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         total, n_targets = self.summed_loss(batch, backward=False)
         self.log("validation_loss", total / n_targets, batch_size=n_targets, prog_bar=True)
+
+
+class Float32(TorchFunctionMode):
+    """Within it ``Tensor.bfloat16()`` gives a float32 copy.
+
+    Muon orthogonalises by matrix products in bfloat16, which a processor without instructions for it (AVX2 alone) works
+    out one by one: 2.9 s a step for four layers of width 192, 0.09 s in float32.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
