@@ -16,13 +16,15 @@ from sae_zoo.functional.processes import sum_over_processes
 from sae_zoo.training.adam import Adam
 from sae_zoo.training.control import l0_error, next_log_coefficient
 from sae_zoo.training.recipe import Recipe
-from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
+from sae_zoo.training.schedules import decays, lr_factor, target_factor, warmup_factor
 
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
-# The largest share by which calibration moves thresholds, how often it halves that, and rows that it encodes at a time.
-_LARGEST_SHIFT, _CALIBRATION_HALVINGS, _CALIBRATION_ROWS = 0.1, 10, 4096
+# The largest share by which thresholds are moved at once, the error of held-out L0 that is left to the coefficient while
+# rates fall; how often calibration halves a share, and rows that it encodes at a time.
+_LARGEST_SHIFT, _LARGEST_ERROR = 0.1, 0.02
+_CALIBRATION_HALVINGS, _CALIBRATION_ROWS = 10, 4096
 
 
 class LightningSAE(pl.LightningModule):
@@ -249,3 +251,19 @@ class LightningSAE(pl.LightningModule):
         if l0 > 0 and float(self.l0_average) > 0:
             ratio = float(self.heldout_l0_ratio)
             self.heldout_l0_ratio.fill_(ratio + _RATIO_WEIGHT * (l0 / float(self.l0_average) - ratio))
+        self._settle(l0)
+
+    @torch.no_grad()
+    def _settle(self, l0: float) -> None:
+        """Move all thresholds by the share that held-out L0 is off its target, while the rates fall.
+
+        L0 then rises by itself, and the coefficient has less and less of a hold on it, as what it moves moves at the
+        falling rates: alone it ended 9 % beyond an L0 of 80 at some sites. What follows learns to live with the new
+        thresholds, which no move after the end could give.
+        """
+        if not self.controlled or not decays(self.global_step, n_steps=self.recipe.n_steps,
+                                             decay_fraction=self.recipe.lr_decay_fraction):
+            return
+        error = l0_error(l0, self.l0_in_force(self.global_step))
+        if abs(error) > _LARGEST_ERROR:
+            self.tighten(max(-_LARGEST_SHIFT, min(_LARGEST_SHIFT, error)))

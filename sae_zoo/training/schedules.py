@@ -13,9 +13,14 @@ def lr_factor(step: int, *, n_steps: int, warmup_steps: int, start_factor: float
     """
     if step < warmup_steps:
         return start_factor + (1 - start_factor) * 0.5 * (1 - math.cos(math.pi * step / warmup_steps))
-    decay_steps = decay_fraction * n_steps
-    left = n_steps - step
-    return min(1.0, left / decay_steps) if decay_steps > 0 else 1.0
+    if not decays(step, n_steps=n_steps, decay_fraction=decay_fraction):
+        return 1.0
+    return (n_steps - step) / (decay_fraction * n_steps)
+
+
+def decays(step: int, *, n_steps: int, decay_fraction: float) -> bool:
+    """Whether ``step`` lies in the last ``decay_fraction`` of ``n_steps``, in which the learning rate falls."""
+    return decay_fraction > 0 and n_steps - step <= decay_fraction * n_steps
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:

@@ -228,6 +228,19 @@ def test_calibration_meets_the_target_or_changes_nothing(sae):
     assert all(torch.equal(value, before[name]) for name, value in sae.named_parameters())
 
 
+@pytest.mark.parametrize("off", [0.9, 0.99, 1.01, 1.1])
+def test_while_rates_fall_thresholds_are_moved_towards_the_target_unless_it_is_met(sae, off, monkeypatch):
+    x = activations()
+    before, l0 = {name: value.clone() for name, value in sae.named_parameters()}, (sae.encode(x) > 0).sum()
+    n_steps, fraction = sae.recipe.n_steps, sae.recipe.lr_decay_fraction
+    for step, moves in ((int((1 - fraction) * n_steps) - 1, False), (n_steps - 1, sae.controlled and abs(off - 1) > 0.02)):
+        monkeypatch.setattr(type(sae), "global_step", step)
+        sae._settle(off * sae.l0_target)
+        assert all(torch.equal(value, before[name]) for name, value in sae.named_parameters()) != moves
+    change = (sae.encode(x) > 0).sum() - l0
+    assert change * (1 - off) > 0 if moves else change == 0
+
+
 def test_weights_are_a_function_of_the_seed(sae):
     build = [build_sae(config(sae.variant, f"seed={s}"), d_in=D_IN, input_scale=1.0).W_enc for s in (0, 0, 1)]
     assert torch.equal(build[0], build[1]) and not torch.equal(build[0], build[2])

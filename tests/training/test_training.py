@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from sae_zoo.config import CONFIG_DIR, build_recipe
 from sae_zoo.training.control import l0_error, next_log_coefficient
-from sae_zoo.training.schedules import lr_factor, target_factor, warmup_factor
+from sae_zoo.training.schedules import decays, lr_factor, target_factor, warmup_factor
 
 
 def test_learning_rate():
@@ -16,6 +16,8 @@ def test_learning_rate():
     assert lr_factor(900, **shape) == pytest.approx(0.5)
     assert lr_factor(999, **shape) == pytest.approx(0.005)
     assert lr_factor(999, **shape | {"decay_fraction": 0.0}) == 1
+    assert [decays(s, n_steps=1000, decay_fraction=0.2) for s in (0, 799, 800, 1000)] == [False, False, True, True]
+    assert not decays(1000, n_steps=1000, decay_fraction=0.0)
 
 
 def test_other_schedules():
