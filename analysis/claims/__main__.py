@@ -10,7 +10,9 @@ import json
 from collections.abc import Sequence
 
 from analysis.claims.evidence import Evidence
-from analysis.claims.report import as_json, format_by_l0, format_notes, format_table, judge
+from analysis.claims.report import (
+    as_json, format_by_l0, format_by_lm, format_notes, format_table, judge, judge_by_lm,
+)
 from analysis.frontier import OneLineParser
 
 
@@ -23,13 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with parser.mistakes():
         evidence = Evidence(parsed.directories)
         findings = judge(evidence)
-    print(format_table(findings))
-    print()
-    if by_l0 := format_by_l0(findings):
-        print(f"{by_l0}\n")
-    print(format_notes(findings, evidence))
+        by_lm = judge_by_lm(evidence)
+    tables = [format_table(findings), format_by_l0(findings), format_by_lm(by_lm),
+              *(format_by_l0(own, lm) for lm, own in by_lm.items()), format_notes(findings, evidence)]
+    print("\n\n".join(filter(None, tables)))
     if parsed.json:
-        print(json.dumps(as_json(findings, evidence), allow_nan=False))
+        print(json.dumps(as_json(findings, by_lm, evidence), allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,17 @@ class Evidence:
                 self.left_out.append(f"{run_name(record)}: {reason}")
         self.names = _group_names({group_of(run) for run in self.runs})
         self._popularity = Counter(options_of(run) for run in self.runs)
+
+    @property
+    def lms(self) -> list[str]:
+        """The language models of the runs, by name."""
+        return sorted({run["lm"] for run in self.runs if run["lm"] is not None})
+
+    def of_lm(self, lm: str) -> Evidence:
+        """The same with the runs on one language model alone."""
+        part = copy(self)
+        part.runs = [run for run in self.runs if run["lm"] == lm]
+        return part
 
     def where(self, pair: Pair) -> str:
         """A pair's name for people."""

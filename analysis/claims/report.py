@@ -8,7 +8,7 @@ from typing import Any
 
 from analysis.claims import ablations, frontiers, measurements
 from analysis.claims.evidence import Evidence
-from analysis.claims.finding import Check, Finding, unique
+from analysis.claims.finding import NOT_MEASURED, Check, Finding, unique
 
 _CHECKS = frontiers.CHECKS | ablations.CHECKS | measurements.CHECKS
 CHECKS: dict[str, Check] = {name: _CHECKS[name] for name in sorted(_CHECKS, key=lambda name: int(name[1:]))}
@@ -25,11 +25,20 @@ def judge(evidence: Evidence) -> dict[str, Finding]:
     return {name: check.judge(evidence) for name, check in CHECKS.items()}
 
 
-def as_json(findings: Mapping[str, Finding], evidence: Evidence) -> dict[str, Any]:
+def judge_by_lm(evidence: Evidence) -> dict[str, dict[str, Finding]]:
+    """The findings on runs of each language model alone, of the claims on runs; empty where there is one only."""
+    on_runs = frontiers.CHECKS | ablations.CHECKS
+    return {lm: {name: check.judge(evidence.of_lm(lm)) for name, check in CHECKS.items() if name in on_runs}
+            for lm in (evidence.lms if len(evidence.lms) > 1 else [])}
+
+
+def as_json(findings: Mapping[str, Finding], by_lm: Mapping[str, Mapping[str, Finding]],
+            evidence: Evidence) -> dict[str, Any]:
     """What ``--json`` prints."""
     claims = {name: {**found.as_json(), "statement": CHECKS[name].statement, "rule": CHECKS[name].rule}
               for name, found in findings.items()}
-    return {"claims": claims, "left_out": evidence.left_out}
+    alone = {lm: {name: found.as_json() for name, found in own.items()} for lm, own in by_lm.items()}
+    return {"claims": claims, "left_out": evidence.left_out, **({"by_lm": alone} if alone else {})}
 
 
 def format_table(findings: Mapping[str, Finding]) -> str:
@@ -45,9 +54,24 @@ def format_table(findings: Mapping[str, Finding]) -> str:
     return "\n".join(lines)
 
 
-def format_by_l0(findings: Mapping[str, Finding]) -> str:
+def format_by_lm(by_lm: Mapping[str, Mapping[str, Finding]]) -> str:
+    """A row for each claim that was measured on two language models or more, a column for each of these: what depends on
+    the language model? Empty where there is none.
+    """
+    names = [name for name in CHECKS if sum(name in own and own[name].verdict != NOT_MEASURED for own in by_lm.values()) > 1]
+    rows = [("", *by_lm)] + [(name, *(_shown_finding(own[name]) for own in by_lm.values())) for name in names]
+    return "\n".join(["each language model alone:", *(
+        f"{name:>6}  " + "  ".join(f"{cell:42}" for cell in cells).rstrip() for name, *cells in rows)]) if names else ""
+
+
+def _shown_finding(found: Finding) -> str:
+    shown = {"effect": found.effect, "interval": found.interval}
+    return found.verdict if found.effect is None else f"{found.verdict:14} {_shown(shown)}"
+
+
+def format_by_l0(findings: Mapping[str, Finding], lm: str | None = None) -> str:
     """A row for each L0 at which the claims on losses were compared, a column for each claim and loss; empty where there
-    is nothing of it.
+    is nothing of it. ``lm``: the language model whose runs these are alone.
     """
     columns = {(name, metric): ratios for name, found in findings.items()
                for metric, ratios in found.details.get("by_l0", {}).items() if ratios}
@@ -56,7 +80,8 @@ def format_by_l0(findings: Mapping[str, Finding]) -> str:
     rows = [("L0", *(f"{name} {frontiers.LOSSES[metric]}" for name, metric in columns))]
     rows += [(str(at), *(_shown(ratios.get(at)) for ratios in columns.values()))
              for at in sorted({at for ratios in columns.values() for at in ratios})]
-    return "\n".join(["ratios at single L0s, below 1 where JumpReLU is better:", *(
+    of_lm = f" of {lm} alone" if lm else ""
+    return "\n".join([f"ratios at single L0s{of_lm}, below 1 where JumpReLU is better:", *(
         f"{at:>6}" + "".join(f"  {cell:24}" for cell in cells).rstrip() for at, *cells in rows)])
 
 
