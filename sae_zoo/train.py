@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -87,6 +88,9 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         n_rows = min(_START_ROWS, activations.n_rows("train"))
         sae.initialise(activations.rows("train", 0, n_rows))
         give_back_freed_memory()
+    # Of variants that draw random numbers in training. None here does, but what a checkpoint says of them should not
+    # depend on what the process did before.
+    torch.manual_seed(cfg.seed)
     callbacks = [*callbacks, checkpoints]
     progress_bar = trainer_cfg.progress_bar and place.leads  # SAEs on one stream all stand at the same step
     if progress_bar:

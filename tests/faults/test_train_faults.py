@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from analysis.kills import plain
 from sae_zoo import train
 from sae_zoo.records import read_record
 
@@ -94,6 +96,17 @@ def test_ctrl_c_once(run, tmp_path, monkeypatch, whole):
     assert run(tmp_path)[0] == 0 and results(tmp_path) == whole and not checkpoints(tmp_path)
     record = read_record(tmp_path / "runs/s/jumprelu-l0_4-seed_0")
     assert record["seconds"] is record["seconds_training"] is None  # the first part's are not known any more
+
+
+def test_random_numbers_are_the_seeds_whatever_the_process_did_before(run, tmp_path, monkeypatch):
+    states = []
+    for i, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(i)
+        at_step(monkeypatch, 33, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run(tmp_path / str(i), f"seed={seed}")
+        (newest,) = (tmp_path / str(i)).glob("runs/s/*/checkpoints/000000034.ckpt")
+        states.append(plain(torch.load(newest, weights_only=True)["callbacks"]))
+    assert states[0] == states[1] != states[2]
 
 
 def test_ctrl_c_twice_stops_at_once(run, tmp_path, monkeypatch, whole):
