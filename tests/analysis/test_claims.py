@@ -146,6 +146,7 @@ def test_the_better_gated_at_each_l0():
     ([run("jumprelu", t) | {"l0": 0.0} for t in TARGETS], "its L0 is 0.0"),
     ([run("jumprelu", t) | {"fvu": None, "delta_lm_loss": None} for t in TARGETS], "fvu is measured at 0 L0s"),
     ([*curve("jumprelu"), run("jumprelu", 20, l0=21.0)], "have the same target or the same L0"),
+    ([*curve("jumprelu"), run("jumprelu", 20, fvu=1.02)], "have the same target or the same L0"),
     ([*curve("jumprelu"), run("jumprelu", 21, l0=20.2)], "have the same target or the same L0"),
     ([*curve("jumprelu"), *curve("jumprelu", **{"sae.bandwidth": 0.1})], "none has most runs"),
     (curve("jumprelu", **{"sae.ste_into_pre_acts": True}), "3 runs of another form than the published one"),
@@ -178,6 +179,14 @@ def test_copies_count_once_and_other_configurations_are_said(tmp_path):
     assert ("residual.1: JumpReLU has 2 configurations, which differ in sae.bandwidth; that with most runs is taken, "
             "the other 3 runs are not") in found.left_out
     assert "JumpReLU: 3 runs of another form than the published one, which belong to the ablations" in found.left_out
+
+
+def test_a_training_that_was_repeated_elsewhere_counts_once_by_the_one_that_was_scored_on_most():
+    records, _ = both(0.9, sites=SITES[:1])
+    again = [run("jumprelu", 20, fvu=0.9 * 1.004, hook=SITES[0], loss=2.0, n_lm_targets=more) for more in (100, None)]
+    first = [r | {"n_lm_targets": 1000} for r in records]
+    for found in (judged([*first, *again])["C1"], judged([*again, *first])["C1"]):
+        assert found.effect == pytest.approx(0.9) and found.n_runs == len(records) and not found.left_out
 
 
 def test_4_and_4_point_0_are_one_configuration():
