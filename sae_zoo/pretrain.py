@@ -71,6 +71,9 @@ def _pretrain(cfg: DictConfig, lm_dir: Path) -> dict:
     for split, rows in packed.items():
         log.info("%-10s %8d tokens, %9d bytes, %4d documents", split, rows.n_tokens, rows.n_bytes, rows.n_documents)
 
+    if device_of(cfg.accelerator).type == "cpu" and "bf16" in str(cfg.precision) and (
+            torch.backends.cpu.get_cpu_capability() == "AVX2"):
+        log.warning("this processor has no products of bfloat16; precision=32-true is many times as fast")
     model = build_model(OmegaConf.to_container(cfg.architecture), tokenizer, cfg.context_size, cfg.seed)
     n_parameters = sum(p.numel() for p in model.parameters())
     log.info("%s, %.2f million parameters", type(model).__name__, n_parameters / 1e6)

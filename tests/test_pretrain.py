@@ -72,6 +72,13 @@ def test_a_finished_model_is_loaded_and_skipped_and_another_config_is_refused(ru
     assert status == 2 and "holds a language model of another config" in printed and files(tmp_path) == before
 
 
+def test_a_processor_without_bfloat16_is_said(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    for precision, said in (("bf16-mixed", True), ("32-true", False)):
+        status, printed = run(tmp_path, f"precision={precision}", f"name={precision}", "n_steps=8")
+        assert status == 0 and ("precision=32-true is many times as fast" in printed) == said
+
+
 def test_what_was_interrupted_ends_as_if_it_had_not_been(run, whole, tmp_path, monkeypatch):
     honest, waiting = LanguageModelPretraining.training_step, [7, 23]
 
