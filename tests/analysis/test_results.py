@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from analysis.claims.evidence import Evidence
-from analysis.claims.report import judge
+from analysis.claims.report import format_by_lm, judge, judge_by_lm
 from analysis.paper import FIGURES, draw_paper
 from sae_zoo.records import RECORD
 
 RESULTS = Path(__file__).parents[2] / "analysis" / "results"
-SWEEPS = sorted(RESULTS.glob("width_*"))
+SWEEPS = sorted([*RESULTS.glob("width_*"), RESULTS / "neox_1024"])
 
 
 def test_every_run_has_finished_what_missed_its_target_is_said_and_none_names_a_place_on_a_disk():
@@ -34,6 +34,12 @@ def test_the_claims_are_judged_and_nothing_is_left_out():
     verdicts = dict(re.findall(r"^\| (C\d+) \|[^|]*\| ([a-z ]+) \|", (RESULTS / "README.md").read_text(), re.MULTILINE))
     assert verdicts == {name: found.verdict for name, found in findings.items()}
     assert not evidence.left_out and len(evidence.runs) == len(list(RESULTS.rglob(RECORD)))
+
+
+def test_the_table_of_each_language_model_alone_is_the_commands():
+    lines = [line.split() for line in format_by_lm(judge_by_lm(Evidence([RESULTS]))).splitlines()]
+    header, *rows = re.findall(r"^\| (claim|C\d+) \| ([^|]*) \| ([^|]*) \|$", (RESULTS / "README.md").read_text(), re.MULTILINE)
+    assert list(header[1:]) == lines[1] and [" ".join(row).split() for row in rows] == lines[2:]
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda path: path.name)
