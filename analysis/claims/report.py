@@ -55,10 +55,12 @@ def format_table(findings: Mapping[str, Finding]) -> str:
 
 
 def format_by_lm(by_lm: Mapping[str, Mapping[str, Finding]]) -> str:
-    """A row for each claim that was measured on two language models or more, a column for each of these: what depends on
-    the language model? Empty where there is none.
+    """A row for each claim that two language models or more have the same measure of, a column for each of these: what
+    depends on the language model? Empty where there is none.
     """
-    names = [name for name in CHECKS if sum(name in own and own[name].verdict != NOT_MEASURED for own in by_lm.values()) > 1]
+    measured = {name: [own[name].metric for own in by_lm.values() if name in own and own[name].verdict != NOT_MEASURED]
+                for name in CHECKS}
+    names = [name for name, metrics in measured.items() if len(metrics) > 1 and len({*metrics}) == 1]
     rows = [("", *by_lm)] + [(name, *(_shown_finding(own[name]) for own in by_lm.values())) for name in names]
     return "\n".join(["each language model alone:", *(
         f"{name:>6}  " + "  ".join(f"{cell:42}" for cell in cells).rstrip() for name, *cells in rows)]) if names else ""
