@@ -23,7 +23,7 @@ _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
 # The largest share by which thresholds are moved at once, the error of held-out L0 that is left to the coefficient while
 # rates fall; how often calibration halves a share, and rows that it encodes at a time.
-_LARGEST_SHIFT, _LARGEST_ERROR = 0.1, 0.02
+_LARGEST_SHIFT, _TOLERATED_ERROR = 0.1, 0.02
 _CALIBRATION_HALVINGS, _CALIBRATION_ROWS = 10, 4096
 
 
@@ -265,5 +265,5 @@ class LightningSAE(pl.LightningModule):
                                              decay_fraction=self.recipe.lr_decay_fraction):
             return
         error = l0_error(l0, self.l0_in_force(self.global_step))
-        if abs(error) > _LARGEST_ERROR:
+        if abs(error) > _TOLERATED_ERROR:
             self.tighten(max(-_LARGEST_SHIFT, min(_LARGEST_SHIFT, error)))
