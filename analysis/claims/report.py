@@ -27,9 +27,9 @@ def judge(evidence: Evidence) -> dict[str, Finding]:
 
 def judge_by_lm(evidence: Evidence) -> dict[str, dict[str, Finding]]:
     """The findings on runs of each language model alone, of the claims on runs; empty where there is one only."""
-    on_runs = frontiers.CHECKS | ablations.CHECKS
-    return {lm: {name: check.judge(evidence.of_lm(lm)) for name, check in CHECKS.items() if name in on_runs}
-            for lm in (evidence.lms if len(evidence.lms) > 1 else [])}
+    parts = {lm: evidence.of_lm(lm) for lm in evidence.lms} if len(evidence.lms) > 1 else {}
+    return {lm: {name: check.judge(part) for name, check in CHECKS.items() if name not in measurements.CHECKS}
+            for lm, part in parts.items()}
 
 
 def as_json(findings: Mapping[str, Finding], by_lm: Mapping[str, Mapping[str, Finding]],
