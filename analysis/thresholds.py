@@ -18,7 +18,7 @@ from torch import Tensor
 
 from analysis.frontier import OneLineParser
 from analysis.latents import open_runs
-from sae_zoo.evaluation.suite import held_out_rows
+from sae_zoo.evaluation.suite import HeldOutRows
 from sae_zoo.functional.activations import heaviside, jumprelu
 from sae_zoo.records import write_json
 from sae_zoo.saes import SAE
@@ -81,11 +81,11 @@ def measure(run: Any, *, progress_bar: bool = False) -> dict[str, Any]:
     alive = frequency[frequency > 0].sort_values()
     if alive.empty:
         raise ValueError(f"no latent of {record['run_dir']} fires; give another run")
-    square = activations.mean_squared_norm
-    scale, device = square**0.5, sae.W_dec.device
+    scale, device = record["input_scale"], sae.W_dec.device
+    square = scale**2
     chosen = [int(alive.index[int(quantile * (len(alive) - 1))]) for quantile in QUANTILES]
     trained = {latent: sae.threshold[latent].item() for latent in chosen}
-    rows = held_out_rows(activations, "test", N_ROWS, device=device, progress_bar=progress_bar)
+    rows = HeldOutRows(activations, "test", N_ROWS, device=device, progress_bar=progress_bar)
     found = against_thresholds(
         sae, rows, {latent: GRID * threshold for latent, threshold in trained.items()},
         coefficient=record["coefficient"] * square, bandwidth=record["sae.bandwidth"] * scale, kernel=record["sae.kernel"])

@@ -243,7 +243,7 @@ def build_lm(cfg: DictConfig, device: torch.device) -> LoadedLM:
 
 def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:
     """What ``data/cache.yaml`` (or ``online.yaml``) and the language model's context size say of a cache."""
-    arguments = {k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k not in ("name", "remote")}
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k not in ("name", "remote", "max_norm")}
     if cfg.data.name == "online":  # how its text is read is no fact of a cache
         check_types({"buffer_rows": int}, {"buffer_rows": arguments.pop("buffer_rows")}, where="data.")
     check_types(types_of(HarvestSpec), arguments, where="data.")
@@ -286,7 +286,7 @@ def build_remote(cfg: DictConfig) -> Folder | None:
 
 def build_file_activations(cfg: DictConfig) -> FileActivations:
     """The activations of ``data/file.yaml``."""
-    arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k != "name"}
+    arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in ("name", "max_norm")}
     check_types(types_of(FileActivations), arguments, where="data.")
     check_complete(FileActivations, arguments, where="data.")
     return FileActivations(**arguments)
@@ -294,7 +294,7 @@ def build_file_activations(cfg: DictConfig) -> FileActivations:
 
 def build_recipe(cfg: DictConfig) -> Recipe:
     """The recipe of a ``recipe/*.yaml``; what in it belongs to the SAE is left out."""
-    of_the_sae = ("d_sae", "bandwidth", "auxk_coefficient")
+    of_the_sae = ("d_sae", "bandwidth", "auxk_coefficient", "max_norm")
     arguments = {k: v for k, v in OmegaConf.to_container(cfg, resolve=True).items() if k not in of_the_sae}
     check_types(types_of(Recipe), arguments, where="recipe.")
     check_complete(Recipe, arguments, where="recipe.")

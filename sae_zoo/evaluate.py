@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sae_zoo.config import device_of, run_entry_point
-from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_reconstruction, score_sae
+from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_reconstruction, score_sae, within
 from sae_zoo.saes.io import load_sae
 from sae_zoo.source import open_source
 
@@ -31,10 +31,10 @@ def evaluate(cfg: DictConfig) -> pd.DataFrame:
     activations = source.activations
 
     def rows():
-        return held_out_rows(activations, cfg.split, cfg.n_rows, device=device, progress_bar=cfg.progress_bar)
+        return HeldOutRows(activations, cfg.split, cfg.n_rows, device=device, progress_bar=cfg.progress_bar)
 
-    total = sum(x.double().sum(0) for x in rows())
-    mean = (total / min(cfg.n_rows, activations.n_rows(cfg.split))).float()  # of the very rows that are scored
+    sums, n = zip(*((x.double().sum(0), len(x)) for x in rows()), strict=True)
+    mean = (sum(sums) / sum(n)).float()  # of the very rows that are scored
     reconstructions: dict[str, Callable[[Tensor], Tensor]] = {
         sae.variant: sae.reconstruct, "mean predictor": lambda x: mean.expand_as(x), "identity": lambda x: x}
     table = {}
@@ -45,7 +45,7 @@ def evaluate(cfg: DictConfig) -> pd.DataFrame:
             scores = asdict(score_reconstruction(reconstruct, rows()))
         row = {key: scores.get(key) for key in ("l0", "fvu", "mse", "cosine")}
         if source.lm is not None:
-            in_lm = score_in_lm(reconstruct, source.lm, source.hook, activations.tokens(cfg.split),
+            in_lm = score_in_lm(within(reconstruct, activations.norm_bound), source.lm, source.hook, activations.tokens(cfg.split),
                                 activations.manifest["special_ids"], n_tokens=cfg.n_lm_tokens,
                                 batch_size=of_run.lm.batch_size, progress_bar=cfg.progress_bar)
             row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}

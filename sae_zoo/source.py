@@ -62,6 +62,12 @@ def open_source(cfg: DictConfig, device: torch.device, *, process: tuple[int, in
     Raises:
         ValueError: in one line, for whatever is wrong with them.
     """
+    source = _open_source(cfg, device, process=process, progress_bar=progress_bar)
+    source.activations.leave_out(cfg.data.get("max_norm"))
+    return source
+
+
+def _open_source(cfg: DictConfig, device: torch.device, *, process: tuple[int, int], progress_bar: bool) -> Source:
     if cfg.data.name == "file":
         return Source(build_file_activations(cfg.data), None, None)
     if cfg.data.name not in ("cache", "online"):

@@ -11,7 +11,7 @@ import shutil
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from pytorch_lightning.strategies import DDPStrategy
 from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.config import build_sae, check_settings, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.curves import Curves
-from sae_zoo.evaluation.suite import held_out_rows, score_attribution, score_in_lm, score_sae
+from sae_zoo.data.norms import TOLD_ABOVE
+from sae_zoo.evaluation.suite import HeldOutRows, score_attribution, score_in_lm, score_sae, within
 from sae_zoo.files import locked, replacing, write_text
 from sae_zoo.memory import give_back_freed_memory
 from sae_zoo.one_stream import current
@@ -35,12 +36,15 @@ from sae_zoo.processes import RankFailed, devices_of, in_this_process, place_of_
 from sae_zoo.records import FAILED, FINISHED, read_record, versions, write_record
 from sae_zoo.saes import SAE
 from sae_zoo.saes.io import save_sae
+from sae_zoo.saes.lightning import Calibration
 from sae_zoo.source import Source, open_source
 
 log = logging.getLogger(__name__)
 
 # A run whose held-out L0 is further from its target than this share of it says so.
 L0_TOLERANCE = 0.05
+# So does one whose calibration raised thresholds by more than this share of their mean excess.
+CALIBRATION_TOLERANCE = 0.02
 # Training rows that a data-dependent start looks at.
 _START_ROWS = 8192
 
@@ -72,10 +76,16 @@ def _loggers(cfg: DictConfig, run_dir: Path, curves: Curves) -> list:
     return loggers
 
 
-def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[pl.Callback] = ()) -> SAE:
-    """Train the SAE of ``cfg`` on ``source``, from the last checkpoint in ``run_dir`` if there is one."""
+def fit(cfg: DictConfig, source: Source, run_dir: Path, *,
+        callbacks: Sequence[pl.Callback] = ()) -> tuple[SAE, Calibration | None]:
+    """Train the SAE of ``cfg`` on ``source``, from the last checkpoint in ``run_dir`` if there is one; what its
+    calibration did is known to the first of several processes alone.
+    """
     activations, place = source.activations, current()
     sae = build_sae(cfg, d_in=activations.d_in, input_scale=activations.mean_squared_norm**0.5)
+    if (bound := activations.norms.bound(TOLD_ABOVE)) < activations.norm_bound and activations.norms.above(bound):
+        sae.likely_cause = (f"rows of up to {activations.norms.quantile(1.0) / activations.norms.median:.0f} times the "
+                            f"median norm: try data.max_norm={TOLD_ABOVE:g}, or half of recipe.lr and the other rates")
     data = place.data(activations, batch_size=sae.recipe.batch_size, n_steps=sae.recipe.n_steps, seed=cfg.seed)
     trainer_cfg = cfg.trainer
     curves = Curves(run_dir / "metrics.csv")
@@ -86,7 +96,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         log.info("going on from %s", checkpoint)
     else:
         n_rows = min(_START_ROWS, activations.n_rows("train"))
-        sae.initialise(activations.rows("train", 0, n_rows))
+        sae.initialise(activations.kept_rows("train", 0, n_rows))
         give_back_freed_memory()
     # Of variants that draw random numbers in training. None here does, but what a checkpoint says of them should not
     # depend on what the process did before.
@@ -112,11 +122,21 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *, callbacks: Sequence[p
         if cfg.logger.name == "wandb":
             trainer.loggers[-1].experiment.finish()
     sae.eval().requires_grad_(False).to(device_of(trainer_cfg.accelerator))
-    if not trainer.is_global_zero:
-        return sae
-    if (share := sae.calibrate(data.validation_rows())) != 0:
-        log.info("thresholds moved by %+.1f %% to meet l0_target on validation rows", 100 * share)
-    return sae
+    return sae, sae.calibrate(data.validation_rows()) if trainer.is_global_zero else None
+
+
+def _notes(sae: SAE, calibration: Calibration | None, record: dict[str, Any]) -> list[str]:
+    """What somebody who reads the result must know, in words."""
+    notes = list(sae.notes)
+    if calibration is not None and abs(calibration.shift) > CALIBRATION_TOLERANCE:
+        notes.append(f"calibration moved thresholds by {calibration.shift:+.1%} of their mean excess (L0 "
+                     f"{calibration.l0_before:.1f} to {calibration.l0_after:.1f}, FVU {calibration.fvu_before:.4f} to "
+                     f"{calibration.fvu_after:.4f} on validation rows)")
+    if record["l0_missed"]:
+        notes.append(f"L0 target missed: {record['l0']:.1f} measured on held-out tokens, {record['l0_target']:g} asked for")
+    if record["fvu"] >= 1:
+        notes.append(f"FVU is {record['fvu']:.3f}: the mean of the activations alone would leave 1")
+    return notes
 
 
 def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> dict[str, Any]:
@@ -124,8 +144,9 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
     device = device_of(cfg.trainer.accelerator)
     sae.to(device)
     show = cfg.trainer.progress_bar
-    rows = held_out_rows(source.activations, "test", cfg.evaluation.n_rows, device=device, progress_bar=show)
+    rows = HeldOutRows(source.activations, "test", cfg.evaluation.n_rows, device=device, progress_bar=show)
     metrics, counts = score_sae(sae, rows)
+    metrics |= rows.left_out()
     with replacing(run_dir / "latents.csv") as temporary:
         counts.write_csv(temporary)
     lm_keys = ("ce_clean", "ce_spliced", "ce_ablated", "delta_lm_loss", "loss_recovered", "kl", "n_lm_targets", "r_l0")
@@ -134,9 +155,10 @@ def evaluate_sae(cfg: DictConfig, sae: SAE, source: Source, run_dir: Path) -> di
     cache = source.activations
     where = (source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"])
     how = {"n_tokens": cfg.evaluation.n_lm_tokens, "batch_size": cfg.lm.batch_size, "progress_bar": show}
+    bound = cache.norm_bound
     # A language model that is spread over devices has the hook point on any of them.
-    in_lm = {**score_in_lm(lambda x: sae.reconstruct(x.to(device)), *where, **how),
-             "r_l0": score_attribution(sae, *where, **how)}
+    in_lm = {**score_in_lm(within(lambda x: sae.reconstruct(x.to(device)), bound), *where, **how),
+             "r_l0": score_attribution(sae, *where, norm_bound=bound, **how)}
     return {**metrics, **{key: in_lm[key] for key in lm_keys}}
 
 
@@ -219,21 +241,26 @@ def _run_job(cfg: DictConfig, run_dir: Path, leader: bool) -> dict[str, Any]:
             source = replace(source, lm=None)  # which the evaluation alone needs, and the leader alone evaluates
         fit_started = place.clock()
         with source.aside():
-            sae = fit(cfg, source, run_dir)
+            sae, calibration = fit(cfg, source, run_dir)
         if not leader:
             return record
         # Of a run that was interrupted the seconds of its last process alone are known, which would mislead.
         record["seconds_training"] = round(place.clock() - fit_started, 1) if at_once else None
         metrics = evaluate_sae(cfg, sae, source, run_dir)
         record |= metrics
-        record["coefficient"] = sae.coefficient if sae.has_coefficient else None
+        norms = source.activations.norms
+        record |= {"coefficient": sae.coefficient if sae.has_coefficient else None, "shifted": float(sae.shifted),
+                   "input_scale": float(sae.input_scale), "median_norm": norms.median, "norm_bound": source.activations.norm_bound,
+                   "left_out_of_training": norms.above(source.activations.norm_bound) / norms.n_rows}
+        if calibration is not None:
+            record |= {f"calibration.{key}": value for key, value in asdict(calibration).items()}
         missed = None
         if cfg.l0_target is not None and record["sparsity_coefficient"] is None:
             missed = abs(record["l0"] / cfg.l0_target - 1) > L0_TOLERANCE
-            if missed:
-                log.warning("L0 target missed: %.1f measured on held-out tokens, %g asked for", record["l0"],
-                            cfg.l0_target)
         record["l0_missed"] = missed
+        for note in (notes := _notes(sae, calibration, record)):
+            log.warning("%s: %s", run_dir.name, note)
+        record["notes"] = "; ".join(notes) or None
         keys = ("lm", "hook", "cache_id", "l0_target", "l0", "fvu", "seed", "config_hash")
         save_sae(sae, run_dir, about={key: record[key] for key in keys})
         record |= {"status": FINISHED, "error": None,

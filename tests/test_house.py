@@ -13,7 +13,7 @@ ROOMS = {
     "training": {"functional"},
     "saes": {"functional", "training", "records", "files"},
     "lm": set(),
-    "data": {"lm", "records", "files"},
+    "data": {"functional", "lm", "records", "files"},
     "evaluation": {"functional", "lm"},
     "planning": {"functional", "saes", "lm", "data"},
     "records": {"files"},

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from analysis.benchmark.peers import PEERS, PeerAbsent, PeerFailed, Worker
 from sae_zoo.config import compose_config, config_hash, prepare_process
 from sae_zoo.data.cache import MANIFEST, Cache, open_cache
-from sae_zoo.evaluation.suite import held_out_rows, score_in_lm, score_sae
+from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_sae
 from sae_zoo.lm.hooks import resolve_hook
 from sae_zoo.lm.load import load_lm
 from sae_zoo.records import digest, versions, write_json
@@ -218,7 +218,7 @@ class Bench:
     def _train_ours(self, job: Job, scratch: Path) -> tuple[SAE, dict[str, Any]]:
         config = our_config(job)
         start = time.perf_counter()
-        sae = fit(config, self._source, scratch)
+        sae, _ = fit(config, self._source, scratch)
         seconds = time.perf_counter() - start
         settings = {**OmegaConf.to_container(config.recipe), **OmegaConf.to_container(config.sae, resolve=True),
                     "d_sae": job.d_sae}  # the recipe's own is a default
@@ -251,9 +251,9 @@ class Bench:
     def _score(self, sae: SAE) -> dict[str, Any]:
         """Scores on validation rows, keys ending in ``_validation``, and on test rows and text."""
         device = torch.device("cpu")
-        validation, _ = score_sae(sae, held_out_rows(self.cache, "validation", _VALIDATION_ROWS, device=device,
+        validation, _ = score_sae(sae, HeldOutRows(self.cache, "validation", _VALIDATION_ROWS, device=device,
                                                      progress_bar=False))
-        test, _ = score_sae(sae, held_out_rows(self.cache, "test", self.cache.n_rows("test"), device=device,
+        test, _ = score_sae(sae, HeldOutRows(self.cache, "test", self.cache.n_rows("test"), device=device,
                                                progress_bar=False))
         in_lm = score_in_lm(sae.reconstruct, self._source.lm, self._source.hook, self.cache.tokens("test"),
                             self.cache.manifest["special_ids"], n_tokens=_LM_TOKENS, batch_size=_LM_BATCH,

@@ -14,7 +14,7 @@ from analysis.latents.streaming import Histograms, Kept
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.cache import Cache
 from sae_zoo.evaluation.latents import LatentCounts
-from sae_zoo.evaluation.suite import held_out_rows
+from sae_zoo.evaluation.suite import HeldOutRows
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.saes import SAE
 
@@ -36,16 +36,14 @@ class Entries(NamedTuple):
 
 def fired(sae: SAE, activations: Activations, *, progress_bar: bool = False) -> Iterator[tuple[SparseCode, Entries]]:
     """All held-out rows, encoded piece by piece; everything on the CPU."""
-    start = 0
     context_size = activations.tokens(SPLIT).shape[1] if isinstance(activations, Cache) else None
-    for x in held_out_rows(activations, SPLIT, activations.n_rows(SPLIT), device=sae.W_dec.device,
-                           progress_bar=progress_bar):
+    rows = HeldOutRows(activations, SPLIT, activations.n_rows(SPLIT), device=sae.W_dec.device, progress_bar=progress_bar)
+    for places, x in rows.pieces():
         code = sae.encode_sparse(x)
-        places = torch.arange(start, start + len(x))
         if context_size is not None:
-            origin = activations.origin(SPLIT, start, start + len(x))
-            places = origin.sequences.long() * context_size + origin.positions
-        start += len(x)
+            start, stop = int(places[0]), int(places[-1]) + 1
+            origin = activations.origin(SPLIT, start, stop)
+            places = (origin.sequences.long() * context_size + origin.positions)[places - start]
         values = code.values.float().cpu()
         on = values > 0
         yield code, Entries(code.active.latent_ids.cpu()[on].long(), values[on], places[code.active.rows.cpu()[on]])

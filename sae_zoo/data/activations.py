@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Protocol
@@ -9,11 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
-def summed_squares(rows: Tensor) -> float:
-    """Sum of ||x||^2 over ``rows`` [n, d_in], in float64, independent of the number of threads."""
-    # torch splits a sum to one number among threads; a sum along each row it does not, and numpy adds in one thread.
-    return float(rows.double().square().sum(dim=1).numpy().sum())
+from sae_zoo.data.norms import Norms
+from sae_zoo.functional.norms import in_place_of_long_rows, is_within
 
 
 def first_not_finite(rows: Tensor) -> int | None:
@@ -44,13 +42,15 @@ class Batches:
         n_batches: ``len()`` of this; iteration ends there.
         start: first ``step``.
         rank, world_size: this process gets the ``rank``-th of ``world_size`` equal slices of every global batch.
+        norm_bound: a row of at least this norm has another row of its slice in its place
+            (:func:`~sae_zoo.functional.norms.in_place_of_long_rows`).
 
     Raises:
         ValueError: if a number is out of its range, or ``world_size`` does not divide ``batch_size``.
     """
 
     def __init__(self, stream: RowStream, batch_size: int, *, n_batches: int, start: int = 0, rank: int = 0,
-                 world_size: int = 1):
+                 world_size: int = 1, norm_bound: float = math.inf):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if not 0 <= start <= n_batches:
@@ -61,7 +61,7 @@ class Batches:
             raise ValueError(f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes")
         self.stream, self.batch_size, self.n_batches = stream, batch_size, n_batches
         self.rank, self.rows_of_rank = rank, batch_size // world_size
-        self.step = start
+        self.step, self.norm_bound = start, norm_bound
 
     def __len__(self) -> int:
         return self.n_batches
@@ -71,7 +71,7 @@ class Batches:
         while self.step < self.n_batches:
             first = self.step * self.batch_size + self.rank * self.rows_of_rank
             self.step += 1
-            yield self.stream.read(first, self.rows_of_rank)
+            yield in_place_of_long_rows(self.stream.read(first, self.rows_of_rank), self.norm_bound)
 
 
 class Activations(ABC):
@@ -79,13 +79,33 @@ class Activations(ABC):
 
     Attributes:
         d_in: width of a row.
-        mean_squared_norm: mean of ||x||^2 over the rows of train.
+        norms: how long the rows of train are.
+        norm_bound: rows of at least this norm are left out, of training as of scoring; see :meth:`leave_out`.
         data_id: names the data and their split; equal ids mean equal rows.
     """
 
     d_in: int
-    mean_squared_norm: float
+    norms: Norms
+    norm_bound: float = math.inf
     data_id: str
+
+    def leave_out(self, max_norm: float | None) -> None:
+        """Leave rows out whose norm is more than ``max_norm`` times the median; None leaves out none.
+
+        Raises:
+            ValueError: if ``max_norm`` is not above 1.
+        """
+        self.norm_bound = self.norms.bound(max_norm)
+
+    @property
+    def mean_squared_norm(self) -> float:
+        """Mean of ||x||^2 over the rows of train that are not left out."""
+        return self.norms.mean_square(below=self.norm_bound)
+
+    def kept_rows(self, split: str, start: int, stop: int) -> Tensor:
+        """Those of :meth:`rows` that are not left out."""
+        rows = self.rows(split, start, stop)
+        return rows[is_within(rows, self.norm_bound)]
 
     @abstractmethod
     def n_rows(self, split: str) -> int:
@@ -118,7 +138,7 @@ class Activations(ABC):
             raise ValueError(f"batch_size is {batch_size}, but {split} of {self.data_id} has only {self.n_rows(split)} "
                              "rows; lower batch_size or give more data")
         return Batches(self.stream(split, seed), batch_size, n_batches=n_batches, start=start, rank=rank,
-                       world_size=world_size)
+                       world_size=world_size, norm_bound=self.norm_bound)
 
     def _check_range(self, split: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_rows(split):

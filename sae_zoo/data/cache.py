@@ -20,15 +20,16 @@ from torch import Tensor
 
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.folders import Folder, Found, LocalFolder
+from sae_zoo.data.norms import Norms
 from sae_zoo.data.shards import ShardStream, StoredTensor
 from sae_zoo.files import locked
 from sae_zoo.records import digest
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _KEYS = ("format_version", "cache_id", "identity", "d_in", "dtype", "rows_per_shard", "mean_squared_norm",
-         "special_ids", "splits", "digest")
+         "norms", "special_ids", "splits", "digest")
 
 
 def make_cache_id(*, lm: str, hook: str, identity: Mapping[str, Any]) -> str:
@@ -77,7 +78,7 @@ class Cache(Activations):
         self.cache_id: str = manifest["cache_id"]
         self.data_id = self.cache_id
         self.d_in: int = manifest["d_in"]
-        self.mean_squared_norm: float = manifest["mean_squared_norm"]
+        self.norms = Norms.from_json(manifest["norms"]["histogram"])
 
     @property
     def path(self) -> Path | str:

@@ -32,9 +32,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_zoo.data.activations import first_not_finite, summed_squares
+from sae_zoo.data.activations import first_not_finite
 from sae_zoo.data.cache import DTYPES, FORMAT_VERSION, MANIFEST, Cache, Origin, manifest_digest, open_cache
 from sae_zoo.data.corpus import SPLITS, PackedTokens
+from sae_zoo.data.norms import LongRows
 from sae_zoo.data.parts import Part, part_folder, partial_folder
 from sae_zoo.data.permutation import Permutation
 from sae_zoo.files import replacing, sync_folder
@@ -245,7 +246,7 @@ class CacheWriter:
                 "shards": [],
             } for split, n_rows in self.splits.items()
         }
-        squares = []
+        long_rows = LongRows()
         for i in tqdm(range(len(self._shards)), desc="shards", unit="shard", disable=not progress_bar):
             split, _, rows = self._shards[i]
             name = self._shard_name(i)
@@ -256,14 +257,16 @@ class CacheWriter:
                 self._fill(shard, i)
             self._check_tokens(shard, split, packed[split].tokens)
             if split == "train":
-                squares += [summed_squares(part) for part in shard["activations"].split(_CHUNK_ROWS)]
+                for part in zip(*(shard[key].split(_CHUNK_ROWS) for key in ("activations", "token_ids", "positions")),
+                                strict=True):
+                    long_rows.add(*part)
             splits[split]["shards"].append(self._entry(name, shard) if made else self._write(name, shard))
             for number in range(self._part.of):
                 self._bucket(i, number).unlink(missing_ok=True)
         manifest = {
             "format_version": FORMAT_VERSION, "cache_id": self.cache_id, "identity": self.identity, "d_in": self.d_in,
             "dtype": self.dtype, "rows_per_shard": self.rows_per_shard,
-            "mean_squared_norm": math.fsum(squares) / self.splits["train"],
+            "mean_squared_norm": long_rows.norms.mean_square(), "norms": long_rows.summary(),
             "special_ids": list(packed["train"].special_ids), "splits": splits,
         }
         write_json(self._partial / MANIFEST, {**manifest, "digest": manifest_digest(manifest)})

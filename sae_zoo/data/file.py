@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import pickle
 from pathlib import Path
 
@@ -12,9 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sae_zoo.data.activations import Activations, first_not_finite, summed_squares
+from sae_zoo.data.activations import Activations, first_not_finite
 from sae_zoo.data.corpus import SPLITS
+from sae_zoo.data.norms import Norms
 from sae_zoo.data.permutation import Permutation
+from sae_zoo.functional.norms import squared_norms
 from sae_zoo.records import digest
 
 _KEY_SEPARATOR = "::"
@@ -57,8 +58,8 @@ class FileActivations(Activations):
                 raise ValueError(f"{heldout_path or path} has too few rows: {split} gets none; give more"
                                  + (" or change heldout_fraction" if heldout_path is None else ""))
         self.d_in = array.shape[1]
-        self.mean_squared_norm = self._checked_squares(train, path, 0) / len(train)
-        self._checked_squares(held_out, heldout_path or path, 0 if heldout_path else len(train))
+        self.norms = self._checked_norms(train, path, 0)
+        self._checked_norms(held_out, heldout_path or path, 0 if heldout_path else len(train))
         sources = [path] if heldout_path is None else [path, heldout_path]
         self.data_id = "file-" + digest({
             "content": [_sha256(_split_key(source)[0]) for source in sources],
@@ -78,17 +79,17 @@ class FileActivations(Activations):
     def stream(self, split: str, seed: int) -> PermutedStream:
         return PermutedStream(self._splits[split], seed)
 
-    def _checked_squares(self, rows: Tensor, path: str, first: int) -> float:
-        """Sum of ||x||^2; ``first`` is the number of ``rows[0]`` in the file, for the error."""
-        sums = []
+    def _checked_norms(self, rows: Tensor, path: str, first: int) -> Norms:
+        """Norms of rows that are finite; ``first`` is the number of ``rows[0]`` in the file, for the error."""
+        norms = Norms()
         for i, part in enumerate(parts := rows.split(max(1, _CHUNK_BYTES // (4 * self.d_in)))):
             part = part.float()
             bad = first_not_finite(part)
             if bad is not None:
                 row = first + i * len(parts[0]) + bad
                 raise ValueError(f"{path} holds NaN or inf (as float32), first in row {row}; remove such rows")
-            sums.append(summed_squares(part))
-        return math.fsum(sums)
+            norms.add(squared_norms(part))
+        return norms
 
 
 class PermutedStream:

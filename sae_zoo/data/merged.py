@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sae_zoo.data.cache import MANIFEST, Cache, open_cache
 from sae_zoo.data.folders import Folder, LocalFolder
+from sae_zoo.data.norms import Norms
 from sae_zoo.data.shards import ShardStream, StoredTensor, inverse
 from sae_zoo.records import digest
 
@@ -193,9 +194,10 @@ def _shared(part: Cache) -> dict[str, Any]:
 def _manifest(parts: Sequence[Cache]) -> dict[str, Any]:
     first, trains = parts[0].manifest, [part.manifest["splits"]["train"] for part in parts]
     train = {key: sum(train[key] for train in trains) for key in ("n_rows", "n_documents", "n_special_tokens")}
+    norms = sum((part.norms for part in parts), Norms())
     name, _, _ = first["cache_id"].rpartition("-")
     return {**{key: value for key, value in first.items() if key != "digest"},
             "cache_id": f"{name}-merged{len(parts)}-{digest([part.cache_id for part in parts])}",
             "identity": {key: value for key, value in first["identity"].items() if key != "part"},
-            "mean_squared_norm": sum(part.mean_squared_norm * part.n_rows("train") for part in parts) / train["n_rows"],
+            "mean_squared_norm": norms.mean_square(), "norms": {"histogram": norms.to_json()},
             "splits": {**first["splits"], "train": train}}

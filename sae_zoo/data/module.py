@@ -42,7 +42,7 @@ class ActivationData(pl.LightningDataModule):
     def validation_rows(self, rank: int = 0, world_size: int = 1) -> Tensor:
         """The rows on which L0 is measured, [n, d_in]; the ``rank``-th of ``world_size`` slices of them."""
         n = min(VALIDATION_ROWS, self.activations.n_rows("validation"))
-        return self.activations.rows("validation", n * rank // world_size, n * (rank + 1) // world_size)
+        return self.activations.kept_rows("validation", n * rank // world_size, n * (rank + 1) // world_size)
 
     def val_dataloader(self) -> DataLoader:
         rank, world_size = self.trainer.global_rank, self.trainer.world_size

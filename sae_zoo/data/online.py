@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_zoo.data.activations import Batches, first_not_finite, summed_squares
+from sae_zoo.data.activations import Batches, first_not_finite
 from sae_zoo.data.cache import DTYPES, Cache, Origin, make_cache_id
 from sae_zoo.data.corpus import Corpus, PackedTokens, pack
 from sae_zoo.data.harvesting import HarvestSpec
+from sae_zoo.data.norms import Norms
 from sae_zoo.data.permutation import Permutation, draws
 from sae_zoo.lm.hooks import HookPoint, capture
 from sae_zoo.lm.load import LoadedLM
@@ -195,7 +196,7 @@ class OnlineActivations(Cache):
     """A cache of held-out rows, with train straight from the language model.
 
     ``rows("train", ...)`` are in a fixed order, the first ones from sequences all over the text;
-    ``mean_squared_norm`` is of the first 32,768 or so. ``data_id`` is that of the cache which has the same rows.
+    ``norms`` are of the first 32,768 or so. ``data_id`` is that of the cache which has the same rows.
 
     Args:
         held_out: a cache of the same text, hook point and dtype; its train rows are not used.
@@ -217,7 +218,7 @@ class OnlineActivations(Cache):
         self._train = LMRows(lm, hook, packed, DTYPES[spec.dtype], batch_size)
         self._seed, self._buffer_rows = spec.seed, buffer_rows
         n_sample = self._train.n_rows // -(-self._train.n_rows // SAMPLE_ROWS)  # the first block of rows("train", ...)
-        self.mean_squared_norm = summed_squares(self.rows("train", 0, n_sample)) / n_sample
+        self.norms = Norms.of(self.rows("train", 0, n_sample))
 
     def n_rows(self, split: str) -> int:
         return self._train.n_rows if split == "train" else super().n_rows(split)
@@ -260,4 +261,4 @@ class OnlineActivations(Cache):
         n = checked.rows_of_rank
         stream = ShuffleBuffer(self._train.share(rank, world_size), seed, buffer_rows=self._buffer_rows // world_size,
                                stop=n * n_batches)
-        return Batches(stream, n, n_batches=n_batches, start=start)
+        return Batches(stream, n, n_batches=n_batches, start=start, norm_bound=self.norm_bound)

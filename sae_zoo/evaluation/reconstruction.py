@@ -58,6 +58,13 @@ class ReconstructionSums:
             torch.nn.functional.cosine_similarity(x, x_hat, dim=1).sum(), centred.square().sum(),
         ]).cpu()
 
+    @property
+    def variance(self) -> float:
+        """Sum of ||x - mean(x)||^2 over the rows so far."""
+        if not self.n_rows:
+            return 0.0
+        return float(self._sums[-1]) - float(self._centred_sum.square().sum()) / self.n_rows
+
     def result(self) -> Reconstruction:
         """The metrics so far.
 
@@ -66,8 +73,8 @@ class ReconstructionSums:
         """
         if not self.n_rows:
             raise ValueError("no row was added; evaluation needs at least one")
-        error, norm, inner, cosine, squares = self._sums.tolist()
-        variance = squares - float(self._centred_sum.square().sum()) / self.n_rows
+        error, norm, inner, cosine, _ = self._sums.tolist()
+        variance = self.variance
         return Reconstruction(
             mse=error / (self.n_rows * len(self._pivot)), fvu=error / variance if variance > 0 else float("nan"),
             relative_reconstruction_bias=norm / inner if inner else float("nan"), cosine=cosine / self.n_rows,

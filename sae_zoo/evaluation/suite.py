@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ from sae_zoo.evaluation.attribution import gradients, uniformity
 from sae_zoo.evaluation.latents import LatentCounts
 from sae_zoo.evaluation.lm_loss import ablated_cross_entropy, lm_metrics
 from sae_zoo.evaluation.reconstruction import Reconstruction, ReconstructionSums
+from sae_zoo.functional.norms import is_within
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.lm.hooks import HookPoint
 from sae_zoo.lm.load import LoadedLM
@@ -40,12 +42,66 @@ class EncodesAndDecodes(Protocol):
     def decode(self, latents: SparseCode) -> Tensor: ...
 
 
-def held_out_rows(activations: Any, split: str, n_rows: int, *, device: torch.device,
-                  progress_bar: bool) -> Iterable[Tensor]:
-    """The first ``n_rows`` of a split (all of it, if it has fewer), in pieces, on ``device``."""
-    n_rows = min(n_rows, activations.n_rows(split))
-    for start in tqdm(range(0, n_rows, _ROWS_AT_ONCE), desc="held-out rows", disable=not progress_bar, leave=False):
-        yield activations.rows(split, start, min(n_rows, start + _ROWS_AT_ONCE)).to(device)
+class HeldOutRows:
+    """The first ``n_rows`` of a split (all of it, if it has fewer), in pieces, on ``device``, less those of at least
+    ``activations.norm_bound``: no SAE is trained on such rows, so none is scored on them.
+
+    Raises:
+        ValueError: on iteration, if no row is left.
+    """
+
+    def __init__(self, activations: Any, split: str, n_rows: int, *, device: torch.device, progress_bar: bool):
+        self.activations, self.split, self.device, self._progress_bar = activations, split, device, progress_bar
+        self.n_rows = min(n_rows, activations.n_rows(split))
+        self._all, self._kept = ReconstructionSums(), ReconstructionSums()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _, rows in self.pieces():
+            yield rows
+
+    def pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Numbers of rows in the split [n], on the CPU, and these rows [n, d_in]; n is not 0."""
+        self._all, self._kept = ReconstructionSums(), ReconstructionSums()
+        bound = self.activations.norm_bound
+        for start in tqdm(range(0, self.n_rows, _ROWS_AT_ONCE), desc="held-out rows", disable=not self._progress_bar,
+                          leave=False):
+            rows = self.activations.rows(self.split, start, min(self.n_rows, start + _ROWS_AT_ONCE))
+            inside = is_within(rows, bound)
+            if not math.isinf(bound):
+                self._all.add(rows, torch.zeros_like(rows))
+                self._kept.add(rows[inside], torch.zeros_like(rows[inside]))
+            if bool(inside.any()):
+                yield start + inside.nonzero().squeeze(1), rows[inside].to(self.device)
+        if not math.isinf(bound) and not self._kept.n_rows:
+            raise ValueError(f"all {self.n_rows} rows of {self.split} have a norm of {bound:.4g} or more; raise "
+                             "data.max_norm, or leave it null")
+
+    def left_out(self) -> dict[str, float]:
+        """Of the rows that the last iteration went over: the share of them that was left out, and the share of their
+        variance that goes with it.
+        """
+        if not self._all.n_rows:
+            return {"left_out_of_test": 0.0, "left_out_variance": 0.0}
+        whole, kept = self._all.variance, self._kept.variance
+        return {"left_out_of_test": 1 - self._kept.n_rows / self._all.n_rows,
+                "left_out_variance": max(0.0, 1 - kept / whole) if whole else 0.0}
+
+
+def within(reconstruct: Callable[[Tensor], Tensor], bound: float) -> Callable[[Tensor], Tensor]:
+    """``reconstruct`` on rows whose norm is below ``bound``, the identity on others: what was left out of training stays
+    as the language model has it.
+    """
+
+    def apply(x: Tensor) -> Tensor:
+        inside = is_within(x, bound)
+        if bool(inside.all()):
+            return reconstruct(x)
+        x_hat = x.clone()
+        if bool(inside.any()):
+            x_hat[inside] = reconstruct(x[inside]).to(x)
+        return x_hat
+
+    return apply
 
 
 def score_sae(sae: EncodesAndDecodes, rows: Iterable[Tensor]) -> tuple[dict[str, Any], LatentCounts]:
@@ -99,14 +155,16 @@ def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: Hoo
 
 
 def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int],
-                      *, n_tokens: int, batch_size: int, progress_bar: bool) -> float:
+                      *, norm_bound: float, n_tokens: int, batch_size: int, progress_bar: bool) -> float:
     """``r_l0``: the mean of :func:`sae_zoo.evaluation.attribution.uniformity` over a few positions of each row of the
-    first ``n_tokens`` of ``tokens``; arguments as for :func:`score_in_lm`.
+    first ``n_tokens`` of ``tokens``, of activations of a norm below ``norm_bound``; other arguments as for
+    :func:`score_in_lm`.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
     pairs = _once("gradients", lm, hook, tokens, special_ids, batch_size, lambda: list(gradients(
         lm.model, hook, tokens, _not_special(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
         batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)))
     device = sae.W_dec.device
-    found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in pairs]
+    inside = [(x[kept], gradient[kept]) for x, gradient in pairs if (kept := is_within(x, norm_bound)).any()]
+    found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in inside]
     return float(torch.cat(found).nanmean())

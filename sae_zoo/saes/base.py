@@ -46,16 +46,25 @@ class Counts:
     """What a step saw fire.
 
     Attributes:
-        fired: [d_sae] bool: latents that were above 0 on some token.
-        n_fired: number of (token, latent) pairs above 0.
+        tokens_of: [d_sae] float32: on how many tokens each latent was above 0.
+        excess_of: [d_sae] float32: :meth:`SAE.excess` of each latent, summed over these tokens.
         n_selected: number of pairs in the active set, which the sparse path pays for.
+        squared_error, bounded_error: sums over the tokens of ||x_hat - x||^2 and of ||x_hat - x||, the latter of at most
+            :attr:`Step.error_bound` for each, float64.
         n_tokens: tokens.
     """
 
-    fired: Tensor
-    n_fired: Tensor
+    tokens_of: Tensor
+    excess_of: Tensor
     n_selected: Tensor
+    squared_error: Tensor
+    bounded_error: Tensor
     n_tokens: int
+
+    @property
+    def n_fired(self) -> Tensor:
+        """Number of (token, latent) pairs above 0, float64."""
+        return self.tokens_of.sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +85,14 @@ class Step:
         target: [tokens, d_in], x - b_dec: what the decoder has to make; a constant.
         pre_acts, latents: pre-activations and the latents made from them.
         active: the active set; None on the dense path.
+        error_bound: [], the length of a token's error above which it pulls no harder.
     """
 
     target: Tensor
     pre_acts: Tensor
     latents: Tensor
     active: ActiveSet | None
+    error_bound: Tensor
 
     @property
     def latent_ids(self) -> Tensor | None:
@@ -92,9 +103,9 @@ class Step:
         """A [d_sae] parameter, laid out as ``pre_acts`` is."""
         return at_latents(parameter, self.latent_ids)
 
-    def squared_error(self, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor]:
+    def squared_error(self, values: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """:func:`sae_zoo.functional.decoder.squared_error` of a reconstruction from values laid out as ``pre_acts``."""
-        return squared_error(values, W_dec, b_dec, self.target, self.active)
+        return squared_error(values, W_dec, b_dec, self.target, self.active, self.error_bound)
 
 
 def at_latents(parameter: Tensor, ids: Tensor | None) -> Tensor:
@@ -193,11 +204,14 @@ class SAE(LightningSAE, ABC):
         """Start so that each latent is active where its pre-activation exceeds ``quantiles`` [d_sae]."""
         getattr(self, self.encoder_bias).sub_(quantiles)
 
+    def excess(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
+        """By how much pre-activations exceed what makes a latent active; laid out as :meth:`latents` takes them."""
+        return pre_acts
+
     @torch.no_grad()
-    def tighten(self, share: float) -> None:
-        """Raise what pre-activations have to exceed by about ``share`` of a typical latent (negative: lower it)."""
-        # L0 unit vectors that together have norm 1 are 1 / sqrt(L0) long.
-        getattr(self, self.encoder_bias).sub_(share / self.l0_target**0.5)
+    def raise_thresholds(self, shift: Tensor) -> None:
+        """Raise what pre-activations have to exceed by ``shift`` [d_sae], normalised units (negative: lower it)."""
+        getattr(self, self.encoder_bias).sub_(shift)
 
     # Raw activations in, raw reconstruction out.
 
@@ -242,36 +256,37 @@ class SAE(LightningSAE, ABC):
 
     # The training step.
 
-    def run(self, target: Tensor, *, sparse: bool) -> Step:
+    def run(self, target: Tensor, *, sparse: bool, error_bound: Tensor) -> Step:
         """The encoder's half of a step, of normalised activations less ``b_dec``, [tokens, d_in]."""
         b_dec = self.b_dec if self.subtract_b_dec else None
         arguments = (self._encoder_input(target), self.W_enc, getattr(self, self.encoder_bias), b_dec)
         if sparse:
             pre_acts, active = sparse_pre_acts(*arguments, self.selection(training=True))
-            return Step(target, pre_acts, self.latents(pre_acts, active.latent_ids), active)
+            return Step(target, pre_acts, self.latents(pre_acts, active.latent_ids), active, error_bound)
         pre_acts = dense_pre_acts(*arguments)
-        return Step(target, pre_acts, self.dense_latents(pre_acts, training=True), None)
+        return Step(target, pre_acts, self.dense_latents(pre_acts, training=True), None, error_bound)
 
     def _encoder_input(self, target: Tensor) -> Tensor:
         return target if self.subtract_b_dec else target + self.b_dec.detach()
 
     @torch.no_grad()
-    def _counts(self, step: Step) -> Counts:
+    def _counts(self, step: Step, error_norms: Tensor) -> Counts:
         firing = step.latents > 0
+        excess = self.excess(step.pre_acts, step.latent_ids) * firing
         if step.active is None:
-            fired = firing.any(0)
+            tokens_of, excess_of = firing.sum(0, dtype=torch.float32), excess.sum(0, dtype=torch.float32)
             n_selected = self.selection(training=True).mask(step.pre_acts).sum()
         else:
-            total = step.latents.new_zeros(self.d_sae).index_add_(0, step.active.latent_ids, step.latents)
-            fired = total > 0  # nothing is negative
+            tokens_of, excess_of = map(step.active.sum_by_latent, (firing.float(), excess.float()))
             n_selected = torch.tensor(len(firing), device=firing.device)
-        return Counts(fired, firing.sum(), n_selected, len(step.target))
+        return Counts(tokens_of, excess_of, n_selected, error_norms.square().sum(dtype=torch.float64),
+                      error_norms.clamp_max(step.error_bound).sum(dtype=torch.float64), len(step.target))
 
-    def _piece(self, target: Tensor, sparse: bool) -> tuple[dict[str, Tensor], Counts, Tensor]:
-        step = self.run(target, sparse=sparse)
+    def _piece(self, target: Tensor, sparse: bool, error_bound: Tensor) -> tuple[dict[str, Tensor], Counts, Tensor]:
+        step = self.run(target, sparse=sparse, error_bound=error_bound)
         sums = self.sums(step)  # first: what they use up to a sum is free again for the reconstruction
-        sums["reconstruction"], error = step.squared_error(step.latents, self.W_dec, self.b_dec)
-        return sums, self._counts(step), error
+        sums["reconstruction"], error, norms = step.squared_error(step.latents, self.W_dec, self.b_dec)
+        return sums, self._counts(step, norms), error
 
     def _piece_on(self, device: torch.device, sparse: bool) -> Callable[..., tuple[dict[str, Tensor], Counts, Tensor]]:
         # On a CUDA device the dense path's elementwise passes over [tokens, d_sae] cost as much as its products, unless
@@ -288,7 +303,9 @@ class SAE(LightningSAE, ABC):
             return {}
         # A latent whose bias is its threshold is dead because its pre-activation is never above 0: without the bias it is.
         bias = None if self.bias_is_threshold else getattr(self, self.encoder_bias).index_select(0, dead)
-        missed = auxk_error(self._encoder_input(target), -torch.cat(errors), self.W_enc.index_select(1, dead), bias,
+        residual = -torch.cat(errors)
+        residual *= (self.error_bound / torch.linalg.vector_norm(residual, dim=1, keepdim=True)).clamp_max(1)
+        missed = auxk_error(self._encoder_input(target), residual, self.W_enc.index_select(1, dead), bias,
                             self.W_dec.index_select(0, dead), self.d_in // 2)
         # Over what there was to make, as in the authors' code.
         return mean_over_processes({"auxk": self.auxk_coefficient * missed / (len(target) * mean_error.clamp_min(1e-12))})
@@ -301,19 +318,21 @@ class SAE(LightningSAE, ABC):
         """
         if sparse is None:
             sparse = has_kernels(x.device.type) and float(self.density) < self.sparse_below_density
+        bound = self.error_bound.clone()  # it moves on before the backward pass computes chunks again
         piece_of = self._piece_on(x.device, sparse)
         with torch.no_grad():
             target = self._normalise(x, workspace.empty(*x.shape, like=self.b_dec)).sub_(self.b_dec)
         rows = len(x) if sparse else chunk_rows(x, self.d_sae)
         if rows >= len(x):
-            pieces = [piece_of(target, sparse)]
+            pieces = [piece_of(target, sparse, bound)]
         else:  # nothing of a chunk but its sums and error is kept for the backward pass, which computes it again
-            pieces = [checkpoint(piece_of, piece, sparse, use_reentrant=False) for piece in target.split(rows)]
+            pieces = [checkpoint(piece_of, piece, sparse, bound, use_reentrant=False) for piece in target.split(rows)]
         sums, counts, errors = zip(*pieces, strict=True)
         means = mean_over_processes({name: sum(piece[name] for piece in sums) / len(x) for name in sums[0]})
         reconstruction = means.pop("reconstruction")
         terms = {"reconstruction": reconstruction, **self.terms(means),
                  **self._auxk(target, errors, reconstruction.detach())}
         return SAELoss(sum(terms.values()), terms, Counts(
-            torch.stack([c.fired for c in counts]).any(0), sum(c.n_fired for c in counts),
-            sum(c.n_selected for c in counts), len(x)))
+            sum(c.tokens_of for c in counts), sum(c.excess_of for c in counts),
+            sum(c.n_selected for c in counts), sum(c.squared_error for c in counts),
+            sum(c.bounded_error for c in counts), len(x)))

@@ -56,7 +56,7 @@ class GatedSAE(SAE):
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         gate = torch.relu(step.pre_acts)
-        error, _ = step.squared_error(gate, self.W_dec.detach(), None)
+        error, *_ = step.squared_error(gate, self.W_dec.detach(), None)
         weighted = gate
         if self.form == "ri_l1":
             weighted = gate * step.of_latent(torch.linalg.vector_norm(self.W_dec.detach(), dim=1))

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from sae_zoo.functional.activations import heaviside, jumprelu, kernel_half_width
 from sae_zoo.functional.selection import Above, Selection
-from sae_zoo.saes.base import SAE, Step
+from sae_zoo.saes.base import SAE, Step, at_latents
+
+# Below it a threshold does nothing, and its logarithm would run away; in units of E||x||^2 = 1.
+_LEAST_THRESHOLD = 1e-6
 
 LOSSES = ("l0", "l0_target", "l0_target_gemma_scope_2")
 PENALTIES = ("l0", "l1")
@@ -74,12 +77,15 @@ class JumpReLUSAE(SAE):
     def start_at(self, quantiles: Tensor) -> None:
         self.threshold_parameter.copy_(quantiles.log() if self.threshold_as == "log" else quantiles)
 
+    def excess(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
+        return pre_acts - at_latents(self.threshold.detach(), ids)
+
     @torch.no_grad()
-    def tighten(self, share: float) -> None:
-        if self.threshold_as == "log":
-            self.threshold_parameter.add_(share)
-        else:
-            self.threshold_parameter.mul_(math.exp(share))
+    def raise_thresholds(self, shift: Tensor) -> None:
+        old = self.threshold.clamp_min(_LEAST_THRESHOLD)
+        # Downwards by a share, so that a threshold stays above 0; the two meet without a kink.
+        lower = old * torch.exp((shift / old).clamp_max(0))
+        self.start_at(torch.where(shift > 0, old + shift, lower).clamp_min(_LEAST_THRESHOLD))
 
     @torch.no_grad()
     def constrain(self) -> None:

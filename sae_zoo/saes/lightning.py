@@ -5,8 +5,10 @@ Glue around the pure functions of ``training`` and ``functional``; whatever must
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -17,14 +19,40 @@ from sae_zoo.training.adam import Adam
 from sae_zoo.training.control import l0_error, next_log_coefficient
 from sae_zoo.training.recipe import Recipe
 from sae_zoo.training.schedules import decays, lr_factor, target_factor, warmup_factor
+from sae_zoo.training.watch import collapse
+
+log = logging.getLogger(__name__)
 
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
-# The largest share by which thresholds are moved at once, the error of held-out L0 that is left to the coefficient while
-# rates fall; how often calibration halves a share, and rows that it encodes at a time.
-_LARGEST_SHIFT, _TOLERATED_ERROR = 0.1, 0.02
-_CALIBRATION_HALVINGS, _CALIBRATION_ROWS = 10, 4096
+import os
+SHIFT = float(os.environ.get('SHIFT', 0.05)); KI=os.environ.get('KI'); KP=os.environ.get('KP')
+# The largest share by which calibration moves thresholds, how often it halves a share, rows that it encodes at a time.
+_LARGEST_SHIFT = 0.1
+_CALIBRATION_HALVINGS = 10
+_CALIBRATION_ROWS = 4096
+# A latent's mean excess is one over about so many of the last tokens on which it was active.
+_EXCESS_TOKENS = 20.0
+# More of all latents than this share active at the start makes JumpReLU's thresholds meaningless: FVU at d_sae 256, L0 40
+# of 128 dimensions 0.139 with half of them, 0.127 with a quarter (analysis/LOG.md).
+_DENSEST_START = 0.25
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the end of L0 control did.
+
+    Attributes:
+        shift: by how many of its own mean excesses every threshold was raised; 0 where more than a tenth was needed.
+        l0_before, l0_after, fvu_before, fvu_after: on the rows that it looked at.
+    """
+
+    shift: float
+    l0_before: float
+    l0_after: float
+    fvu_before: float
+    fvu_after: float
 
 
 class LightningSAE(pl.LightningModule):
@@ -52,15 +80,27 @@ class LightningSAE(pl.LightningModule):
             raise ValueError(f"initial_coefficient is {initial_coefficient}; it must be positive")
         if recipe is not None and l0_target is None and sparsity_coefficient is None:
             raise ValueError("l0_target is null and sae.sparsity_coefficient too; give one, to say how sparse to be")
+        if recipe is not None and self.has_coefficient and sparsity_coefficient is None and not recipe.l0_control:
+            raise ValueError("recipe.l0_control is false, and sae.sparsity_coefficient is null; give a coefficient, as the "
+                             "paper does, or recipe.l0_control=true to reach an l0_target")
         self.d_sae, self.recipe = d_sae, recipe
         self.l0_target, self.sparsity_coefficient = l0_target, sparsity_coefficient
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("density", torch.ones(()))  # share of entries in the last step's active set
         self.register_buffer("log_coefficient", torch.tensor(math.log(initial_coefficient), dtype=torch.float64))
         self.register_buffer("control_error", torch.tensor(math.nan, dtype=torch.float64))
+        # Of each latent: by how much a pre-activation exceeds what makes it active, on average where it does.
+        self.register_buffer("mean_excess", torch.zeros(d_sae))
+        self.register_buffer("shifted", torch.zeros((), dtype=torch.float64))  # by L0 control, in mean excesses, so far
+        self.register_buffer("error_bound", torch.tensor(math.inf))
+        self.register_buffer("least_dead", torch.ones((), dtype=torch.float64))
+        self.register_buffer("last_fvu", torch.tensor(math.nan, dtype=torch.float64))
         self.register_buffer("l0_average", torch.tensor(math.nan, dtype=torch.float64))
         self.register_buffer("heldout_l0_ratio", torch.ones((), dtype=torch.float64))
         self._heldout: list[tuple[float, int]] = []
+        self._shift = 0.0  # of this step
+        self.notes: list[str] = []  # what somebody who reads the result must know
+        self.likely_cause = "rates that are too high for this place: try half of recipe.lr and the other rates"
 
     # Start.
 
@@ -68,24 +108,30 @@ class LightningSAE(pl.LightningModule):
     def initialise(self, x: Tensor) -> None:
         """Data-dependent start from raw activations [n, d_in], as far as the recipe has one.
 
-        ``b_dec`` starts at the mean; each latent's threshold (or bias) at the quantile of its pre-activations that makes
+        Where ``b_dec`` starts at the mean, the unit of length is the root mean square of ||x - mean||, so that nothing
+        depends on where the origin is. Each latent's threshold (or bias) at the quantile of its pre-activations that makes
         it active on :attr:`start_density` of the tokens. At such an L0 the tied encoder overshoots severalfold, so it is
         scaled to the least-squares multiple of its reconstruction.
         """
-        x = self._normalise(x)
         if self.recipe.b_dec_start == "mean":
-            self.b_dec.copy_(x.mean(0))
+            mean = x.double().mean(0)
+            self.input_scale.copy_((x - mean).square().sum(1).mean().sqrt())
+            self.b_dec.copy_(mean / self.input_scale)
+        x = self._normalise(x)
         if self.start_density is None:
             return
         rank = max(1, round(self.start_density * len(x)))
-        centred, x_hat, quantiles = x - self.b_dec, torch.zeros_like(x), x.new_empty(self.d_sae)
+        centred, x_hat, (quantiles, excess) = x - self.b_dec, torch.zeros_like(x), x.new_empty(2, self.d_sae)
         for ids in torch.arange(self.d_sae, device=x.device).split(max(1, _START_CHUNK_ELEMENTS // len(x))):
             pre_acts = centred @ self.W_enc[:, ids]
-            quantiles[ids] = pre_acts.topk(rank, dim=0).values[-1].clamp_min_(1e-4)
+            largest = pre_acts.topk(rank, dim=0).values
+            quantiles[ids] = largest[-1].clamp_min_(1e-4)
+            excess[ids] = largest.mean(0) - largest[-1]
             x_hat += (pre_acts * (pre_acts >= quantiles[ids])) @ self.W_dec[ids]
         scale = float((x_hat * centred).sum() / x_hat.square().sum())
         self.W_enc.mul_(scale)
         self.start_at(quantiles * scale)
+        self.mean_excess.copy_(excess * scale)
         self.density.fill_(self.start_density)  # where it is low, the first step need not be dense, with its memory
 
     @property
@@ -96,43 +142,60 @@ class LightningSAE(pl.LightningModule):
         return min(0.5, self.at_start(self.recipe.l0_start) * self.l0_target / self.d_sae)
 
     def at_start(self, factor: float) -> float:
-        """``factor``, cut so that ``l0_target`` times it is at most ``d_in``: more latents than dimensions reconstruct
-        anything, so a start with them teaches nothing, and L0 falls from it too fast to be caught.
+        """``factor``, cut so that ``l0_target`` times it is at most ``d_in``, and a quarter of ``d_sae``: more latents than
+        dimensions reconstruct anything, so a start with them teaches nothing, and L0 falls from it too fast to be caught.
         """
-        return min(factor, max(1.0, self.d_in / self.l0_target))
+        return min(factor, max(1.0, min(self.d_in, _DENSEST_START * self.d_sae) / self.l0_target))
 
     # End.
 
     @property
     def controlled(self) -> bool:
         """Whether L0 control drives this SAE."""
-        return self.has_coefficient and self.l0_target is not None and self.sparsity_coefficient is None
+        return (self.has_coefficient and self.l0_target is not None and self.sparsity_coefficient is None
+                and (self.recipe is None or self.recipe.l0_control))
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor) -> float:
-        """Move all thresholds by the same share, so that L0 on held-out raw activations ``x`` [n, d_in] is the target.
+    def calibrate(self, x: Tensor) -> Calibration | None:
+        """Raise all thresholds by the same multiple of their mean excess, so that L0 on held-out raw activations ``x``
+        [n, d_in] is the target. Training ends within a few percent of it; this takes the rest.
 
-        Training ends within a few percent of it; this takes the rest. Returns the share that :meth:`tighten` was given:
-        0 without L0 control, or where more than a tenth would be needed, which is no calibration any more.
+        Returns:
+            None without L0 control.
         """
         if not self.controlled:
-            return 0.0
-        start, low, high = {k: v.clone() for k, v in self.state_dict().items()}, -_LARGEST_SHIFT, _LARGEST_SHIFT
+            return None
+        start = {k: v.clone() for k, v in self.state_dict().items()}
 
-        def l0_at(amount: float) -> float:
+        def at(shift: float) -> tuple[float, float]:
             self.load_state_dict(start)
-            self.tighten(amount)
-            pieces = (rows.to(self.device) for rows in x.split(_CALIBRATION_ROWS))
-            return sum(int((self.encode_sparse(rows).values > 0).sum()) for rows in pieces) / len(x)
+            if shift:
+                self.raise_thresholds(shift * self.mean_excess)
+            return self._l0_and_error(x)
 
-        if not l0_at(low) >= self.l0_target >= l0_at(high):
-            self.load_state_dict(start)
-            return 0.0
-        for _ in range(_CALIBRATION_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if l0_at(middle) > self.l0_target else (low, middle)
-        l0_at((low + high) / 2)
-        return (low + high) / 2
+        def l0_at(shift: float) -> float:
+            return at(shift)[0]
+
+        before, shift = at(0.0), 0.0
+        if l0_at(-_LARGEST_SHIFT) >= self.l0_target >= l0_at(_LARGEST_SHIFT):
+            low, high = -_LARGEST_SHIFT, _LARGEST_SHIFT
+            for _ in range(_CALIBRATION_HALVINGS):
+                middle = (low + high) / 2
+                low, high = (middle, high) if l0_at(middle) > self.l0_target else (low, middle)
+            shift = (low + high) / 2
+        after = at(shift)
+        variance = float((x.double() - x.double().mean(0)).square().sum())
+        return Calibration(shift, before[0], after[0], before[1] / variance, after[1] / variance)
+
+    def _l0_and_error(self, x: Tensor) -> tuple[float, float]:
+        """L0, and the summed squared error, of raw activations [n, d_in]."""
+        n_active, error = 0, 0.0
+        for rows in x.split(_CALIBRATION_ROWS):
+            rows = rows.to(self.device)
+            code = self.encode_sparse(rows)
+            n_active += int((code.values > 0).sum())
+            error += float((self.decode(code) - rows).square().sum(1).double().sum())
+        return n_active / len(x), error
 
     # Optimiser and schedules.
 
@@ -174,6 +237,9 @@ class LightningSAE(pl.LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # now: Lightning would keep gradients until the next forward pass has taken its memory too
         self.constrain()
+        if self._shift:
+            self.raise_thresholds(self._shift * self.mean_excess)
+            self.shifted += self._shift
 
     def constrain(self) -> None:
         """What a variant enforces after every step, beside unit decoder rows, which the optimiser keeps."""
@@ -197,39 +263,68 @@ class LightningSAE(pl.LightningModule):
         if not torch.isfinite(loss.total):
             raise ValueError(f"loss is {loss.total.item()} at step {self.global_step}; lower recipe.lr "
                              f"({self.recipe.lr}) or check the activations")
-        l0 = self._count(loss.counts)
+        l0, error = self._count(loss.counts)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # when Lightning hands it to the loggers
             x = self._normalise(batch)
             n = sum_over_processes(torch.tensor(float(len(x)), device=x.device))
             mean = sum_over_processes(x.sum(0)) / n
-            fvu = loss.terms["reconstruction"].detach() * n / sum_over_processes((x - mean).square().sum())
+            fvu = error * float(n / sum_over_processes((x - mean).square().sum()))
+            dead = float(self.dead.float().mean())
             self.log_dict({"L0": l0, "FVU": fvu}, prog_bar=True)
-            self.log_dict({"loss": loss.total.detach(), "coefficient": self.coefficient,
+            self.log_dict({"loss": loss.total.detach(), "coefficient": self.coefficient, "shifted": float(self.shifted),
                            "density": float(self.density), "lr": self.optimizers().param_groups[0]["lr"],
-                           "dead_fraction": self.dead.float().mean()})
+                           "dead_fraction": dead})
+            self._watch(dead, fvu)
         self._control(l0)
         return loss.total
 
+    def _watch(self, dead: float, fvu: float) -> None:
+        """Say so, once, when the SAE collapses."""
+        found = collapse(dead=dead, least_dead=float(self.least_dead), fvu=fvu, fvu_before=float(self.last_fvu))
+        if found and not self.notes:
+            self.notes.append(f"collapsed at step {self.global_step + 1}: {found}; likely {self.likely_cause}")
+            if self.trainer.is_global_zero:
+                log.warning("%s", self.notes[-1])
+        self.least_dead.clamp_max_(dead)
+        self.last_fvu.fill_(fvu)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["notes"] = list(self.notes)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.notes = list(checkpoint["notes"])
+
     @torch.no_grad()
-    def _count(self, counts) -> float:
-        """Update counters with what a step saw on all devices; returns its L0."""
-        silent = (~counts.fired).to(torch.uint8)
-        totals = torch.stack([counts.n_fired, counts.n_selected, torch.full_like(counts.n_fired, counts.n_tokens)])
-        totals = totals.to(torch.float64)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(silent, op=torch.distributed.ReduceOp.MIN)
-        n_fired, n_selected, n_tokens = sum_over_processes(totals).tolist()
-        self.tokens_since_fired.add_(int(n_tokens)).mul_(silent)
+    def _count(self, counts) -> tuple[float, float]:
+        """Update counters with what a step saw on all devices; returns its L0 and mean squared error."""
+        tokens_of, excess_of = sum_over_processes(torch.stack([counts.tokens_of, counts.excess_of]))
+        totals = torch.stack([counts.n_selected.double(), counts.squared_error, counts.bounded_error,
+                              torch.full_like(counts.squared_error, counts.n_tokens)])
+        n_selected, squared_error, bounded_error, n_tokens = sum_over_processes(totals).tolist()
+        if self.recipe.error_bound is not None:
+            self.error_bound.fill_(self.recipe.error_bound * bounded_error / n_tokens)
+        fired = tokens_of > 0
+        # A mean over the last twenty tokens or so on which a latent was active, however rare it is.
+        weight = tokens_of / (tokens_of + _EXCESS_TOKENS)
+        self.mean_excess.lerp_(excess_of / tokens_of.clamp_min(1), weight)
+        self.tokens_since_fired.add_(int(n_tokens)).mul_(~fired)
         self.density.fill_(n_selected / (n_tokens * self.d_sae))
-        return n_fired / n_tokens
+        return float(tokens_of.sum(dtype=torch.float64)) / n_tokens, squared_error / n_tokens
 
     def _control(self, l0: float) -> None:
-        """Drive the coefficient so that the held-out L0 meets its target."""
+        """Drive thresholds and coefficient so that the held-out L0 meets its target.
+
+        Thresholds are raised in every step by a share of the error of this batch's L0, which answers at once; the
+        coefficient follows the mean of the errors, and so comes to where thresholds would stay by themselves.
+        """
         if not self.controlled:
             return
-        recipe, average = self.recipe, float(self.l0_average)
+        recipe, average, target = self.recipe, float(self.l0_average), self.l0_in_force(self.global_step)
+        ratio = float(self.heldout_l0_ratio)
+        falling = decays(self.global_step, n_steps=recipe.n_steps, decay_fraction=recipe.lr_decay_fraction)
+        self._shift = recipe.control_shift * l0_error(l0 * ratio, target) if falling or not self.bias_is_threshold else 0.0
         average = l0 if math.isnan(average) else average + _L0_WEIGHT * (l0 - average)
-        error = l0_error(average * float(self.heldout_l0_ratio), self.l0_in_force(self.global_step))
+        error = l0_error(average * ratio, target)
         previous = error if math.isnan(float(self.control_error)) else float(self.control_error)
         self.log_coefficient.fill_(next_log_coefficient(
             float(self.log_coefficient), error=error, previous_error=previous,
@@ -251,19 +346,3 @@ class LightningSAE(pl.LightningModule):
         if l0 > 0 and float(self.l0_average) > 0:
             ratio = float(self.heldout_l0_ratio)
             self.heldout_l0_ratio.fill_(ratio + _RATIO_WEIGHT * (l0 / float(self.l0_average) - ratio))
-        self._settle(l0)
-
-    @torch.no_grad()
-    def _settle(self, l0: float) -> None:
-        """Move all thresholds by the share that held-out L0 is off its target, while the rates fall.
-
-        L0 then rises by itself, and the coefficient has less and less of a hold on it, as what it moves moves at the
-        falling rates: alone it ended 9 % beyond an L0 of 80 at some sites. What follows learns to live with the new
-        thresholds, which no move after the end could give.
-        """
-        if not self.controlled or not decays(self.global_step, n_steps=self.recipe.n_steps,
-                                             decay_fraction=self.recipe.lr_decay_fraction):
-            return
-        error = l0_error(l0, self.l0_in_force(self.global_step))
-        if abs(error) > _TOLERATED_ERROR:
-            self.tighten(max(-_LARGEST_SHIFT, min(_LARGEST_SHIFT, error)))

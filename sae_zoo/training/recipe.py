@@ -30,7 +30,15 @@ class Recipe:
             which every latent's threshold or bias starts, as a quantile of its first pre-activations.
         target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`. This factor and
             ``l0_start`` are cut where more latents than dimensions would be active.
+        l0_control: whether a measured L0 drives thresholds and coefficient; without it variants that have a coefficient
+            need an explicit one.
+        control_shift: share of the error of L0 (its logarithm over the target) by which thresholds are raised in a step,
+            in units of each latent's mean excess. Where excesses are exponentially distributed, which they nearly are,
+            raising a threshold by its mean excess divides the latent's frequency by e: a share of 1 would meet the
+            target in one step, and 0.05 does so in twenty, with a twentieth of the batch's noise.
         control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
+        error_bound: None, or the multiple of the mean length of a token's error above which it pulls no harder (Huber
+            1964): one row of a huge norm else moves most latents the same way in a single step.
         dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK).
 
     Raises:
@@ -56,8 +64,11 @@ class Recipe:
     l0_start: float | None
     target_start_factor: float
     target_anneal_fraction: float
+    l0_control: bool
+    control_shift: float
     control_proportional: float
     control_integral: float
+    error_bound: float | None
     dead_after_tokens: int
 
     def __post_init__(self) -> None:
@@ -68,13 +79,13 @@ class Recipe:
         for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction", "target_anneal_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_proportional", "control_integral"):
+        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_shift", "control_proportional", "control_integral"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
         if self.second_moment not in SECOND_MOMENTS:
             raise ValueError(f"recipe.second_moment is {self.second_moment!r}; choose {' or '.join(SECOND_MOMENTS)}")
         if self.b_dec_start not in ("zero", "mean"):
             raise ValueError(f"recipe.b_dec_start is {self.b_dec_start!r}; choose zero or mean")
-        for name in ("l0_start", "lr_l0"):
+        for name in ("l0_start", "lr_l0", "error_bound"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive or null")

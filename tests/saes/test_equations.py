@@ -14,7 +14,8 @@ def recipe(**changes):
         "second_moment": "element", "beta1": 0.0, "beta2": 0.999, "adam_eps": 1e-8,
         "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
         "b_dec_start": "zero", "l0_start": None, "target_start_factor": 1.0, "target_anneal_fraction": 0.0,
-        "control_proportional": 0.1, "control_integral": 0.01, "dead_after_tokens": 100,
+        "l0_control": True, "control_shift": 0.0, "control_proportional": 0.1, "control_integral": 0.01, "error_bound": None,
+        "dead_after_tokens": 100,
     }
     return Recipe(**values | changes)
 
@@ -43,10 +44,10 @@ def test_sum_over_dimensions_mean_over_batch():
     assert sae.loss(x).total.item() == pytest.approx(sse(x, f @ sae.W_dec + sae.b_dec).item())
 
 
-def test_the_target_starts_with_no_more_latents_than_dimensions():
+def test_the_target_starts_with_no_more_latents_than_dimensions_and_a_quarter_of_all():
     falls = recipe(target_start_factor=4.0, target_anneal_fraction=0.5)
-    for d_in, first in ((40, 8.0), (4, 4.0), (1, 2.0)):
-        sae, _ = make("relu", d_in=d_in, recipe=falls)
+    for d_in, d_sae, first in ((40, 60, 8.0), (4, 60, 4.0), (1, 60, 2.0), (40, 20, 5.0), (40, 6, 2.0)):
+        sae, _ = make("relu", d_in=d_in, d_sae=d_sae, recipe=falls)
         assert sae.l0_in_force(0) == first and sae.l0_in_force(50) == 2
 
 
