@@ -19,6 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from sae_zoo.data.copies import Copies
@@ -27,7 +28,8 @@ from sae_zoo.data.file import FileActivations
 from sae_zoo.data.folders import Folder, LocalFolder
 from sae_zoo.data.harvesting import HarvestSpec
 from sae_zoo.data.remote import RemoteFolder, is_url
-from sae_zoo.lm.load import LoadedLM, load_lm
+from sae_zoo.lm.load import LoadedLM, check_context_size, load_lm
+from sae_zoo.lm.skeleton import load_skeleton
 from sae_zoo.memory import keep_freed_memory
 from sae_zoo.records import digest
 from sae_zoo.saes import SAE, variant_class
@@ -42,7 +44,7 @@ CONFIG_DIR = _PACKAGE / "conf" if (_PACKAGE / "conf").is_dir() else _PACKAGE.par
 _WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "trainer.log_every_n_steps",
                    "trainer.accelerator", "trainer.devices", "trainer.num_nodes",  # but for rounding
                    "trainer.checkpoint_every", "hook.harvest_together", "lm.device_map",
-                   "data.remote",  # the same bytes, wherever they lie
+                   "data.remote", "corpus.folder",  # the same bytes, wherever they lie
                    "matched")  # of an experiment: its values stand where they are used
 # Overrides whose values the names of sweep and job spell out themselves.
 _SPELLED_OUT = ("experiment", "sae", "lm", "hook", "hook.layer", "hook.site", "l0_target", "seed")
@@ -206,6 +208,8 @@ def config_hash(config: dict[str, Any]) -> str:
             node.pop(name, None)
     if "data" in config and config.data.get("part") is None:  # the same runs as before there were parts
         config.data.pop("part", None)
+    if "lm" in config and config.lm.get("document_separator") is None:  # likewise
+        config.lm.pop("document_separator", None)
     return digest(OmegaConf.to_container(config))
 
 
@@ -237,8 +241,24 @@ def build_corpus(cfg: DictConfig) -> Corpus:
 
 
 def build_lm(cfg: DictConfig, device: torch.device) -> LoadedLM:
-    """The language model of an ``lm/*.yaml``, frozen, on ``device``."""
-    return load_lm(cfg.path, revision=cfg.revision, dtype=cfg.dtype, device=device, device_map=cfg.get("device_map"))
+    """The language model of a ``train.yaml`` or ``harvest.yaml``, frozen, on ``device``.
+
+    Raises:
+        ValueError: if it cannot be loaded, or was trained on rows shorter than ``lm.context_size``.
+    """
+    lm = cfg.lm
+    loaded = load_lm(lm.path, revision=lm.revision, dtype=lm.dtype, device=device, device_map=lm.get("device_map"),
+                     document_separator=lm.get("document_separator"), made=Path(cfg.output_dir) / "lm")
+    check_context_size(loaded.model.config, lm.context_size)
+    return loaded
+
+
+def build_skeleton(cfg: DictConfig, device: torch.device) -> PreTrainedModel:
+    """What :func:`build_lm` would load, without its weights; errors as there."""
+    lm = cfg.lm
+    model = load_skeleton(lm.path, revision=lm.revision, dtype=lm.dtype, device=device, made=Path(cfg.output_dir) / "lm")
+    check_context_size(model.config, lm.context_size)
+    return model
 
 
 def build_harvest_spec(cfg: DictConfig) -> HarvestSpec:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def harvest_all(cfg: DictConfig) -> None:
     """Harvest every site at every layer in one pass and say where the caches are."""
     use_own_device(devices_of(cfg.accelerator, cfg.devices))
-    lm = build_lm(cfg.lm, device_of(cfg.accelerator))
+    lm = build_lm(cfg, device_of(cfg.accelerator))
     hooks = hooks_of(cfg, lm, layers=cfg.layers, sites=cfg.sites)
     caches = harvest_caches(cfg, lm, hooks, process=place_of_process(), progress_bar=cfg.progress_bar)
     for name, cache in caches.items():

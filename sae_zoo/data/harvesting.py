@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
-from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, PackedTokens, deal, dealt_to, pack
+from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, EmptyCorpus, PackedTokens, deal, dealt_to, pack
 from sae_zoo.data.parts import Part, part_of, partial_folder, wait_for_first
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
@@ -110,6 +110,8 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
         made = {}
         if missing:
             packed = _pack(corpus, lm, spec)
+            if (left_out := corpus.left_out()) is not None and process[0] == 0:
+                log.warning("%s and were left out", left_out)
             rows = {split: part.n_tokens for split, part in packed.items()}
             widths = {hook.name: hook_width(lm.model, hook) for hook in missing}
             n_bytes = sum(estimated_bytes(rows, d_in=d_in, dtype=spec.dtype, rows_per_shard=spec.rows_per_shard)
@@ -156,10 +158,35 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
     n = spec.n_tokens_here
     number, of = (0, 1) if spec.part is None else spec.part
     documents = (document for document in corpus.documents("train") if dealt_to(document.name, of) == number)
-    train = pack(documents, lm.tokenizer, spec.context_size, n["train"])
-    held_out = pack(corpus.documents(*HELD_OUT), lm.tokenizer, spec.context_size, n["validation"] + n["test"])
+    try:
+        train = pack(documents, lm.tokenizer, spec.context_size, n["train"])
+        held_out = pack(corpus.documents(*HELD_OUT), lm.tokenizer, spec.context_size, n["validation"] + n["test"])
+    except EmptyCorpus as error:
+        raise _too_few_documents(corpus, spec) or error from None
     validation, test = deal(held_out, n["validation"], n["test"])
+    if not (validation.n_tokens and test.n_tokens):
+        n_rows, wanted = len(held_out.tokens), n["validation"] + n["test"]
+        of = (f"data.n_tokens.validation + test = {wanted}" if held_out.n_tokens >= 0.9 * wanted
+              else f"the held-out text, {held_out.n_tokens} tokens,")
+        raise ValueError(f"{of} is {n_rows} row{'s' * (n_rows != 1)} of lm.context_size {spec.context_size}, and validation "
+                         "and test need one each; give more tokens, or a smaller lm.context_size")
     return {"train": train, "validation": validation, "test": test}
+
+
+def _too_few_documents(corpus: Corpus, spec: HarvestSpec) -> ValueError | None:
+    """What is wrong with a corpus of which a split is empty; None where it is not the number of documents."""
+    n = {split: sum(1 for _ in corpus.documents(split)) for split in SPLITS}
+    found, left_out = sum(n.values()), corpus.left_out()
+    if not found:
+        return ValueError(f"corpus holds no document{f': {left_out}' if left_out else ' that is not empty'}")
+    without = "held-out" if n["train"] else "train"
+    if n["train"] and n["validation"] + n["test"]:
+        return None if spec.part is None else ValueError(
+            f"data.part {list(spec.part)} has no train document: there are {n['train']}, dealt to {spec.part[1]} parts; "
+            "choose fewer parts, or give more documents")
+    return ValueError(f"corpus has no {without} document: it has {found} document{'s' * (found != 1)} and is split by "
+                      "document, one in ten being held out; give 50 or more, a long text in chapters, say"
+                      + (f" ({left_out})" if left_out else ""))
 
 
 def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTokens], part: Part,

@@ -116,8 +116,8 @@ def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
                progress_bar: bool = False) -> LMLoss:
     """Delta LM loss, loss recovered and KL of a reconstruction, from two forward passes of every row.
 
-    Special positions (BOS, EOS, padding) keep their clean activation, in the splice and in the zero-ablation: no SAE is
-    trained on them. A token is a target where it is not special itself; the first after BOS is one.
+    Special positions (BOS, EOS, padding) and the first of a row keep their clean activation, in the splice and in the
+    zero-ablation: no SAE is trained on them. A token is a target where it is not special itself; the first after BOS is one.
 
     Sums are kept in float64 and divided once, so the result depends on ``batch_size`` by rounding only. Beside the
     model, memory holds two batches of logits in the model's dtype and some 250 MB.
@@ -125,7 +125,7 @@ def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
     Args:
         model: a Hugging Face causal language model in eval mode.
         tokens: [n_rows, context] int.
-        keep: [n_rows, context] bool, False at special tokens; on the same device as ``tokens``.
+        keep: [n_rows, context] bool, of :func:`sae_zoo.lm.rows.data_points`; on the same device as ``tokens``.
         reconstruct: raw activations x [n, d] float32 -> x_hat [n, d], on the device of the hooked layer.
         ce_ablated: what :func:`ablated_cross_entropy` gives for these arguments; it is the same for every reconstruction.
         batch_size: rows a forward pass.

@@ -20,6 +20,7 @@ from sae_zoo.functional.norms import is_within
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.lm.hooks import HookPoint
 from sae_zoo.lm.load import LoadedLM
+from sae_zoo.lm.rows import data_points
 
 _ROWS_AT_ONCE = 4096
 # Of each row of tokens, positions whose attributions are looked at, and the seed that draws them: the same for all runs.
@@ -123,10 +124,6 @@ def score_reconstruction(reconstruct: Callable[[Tensor], Tensor], rows: Iterable
     return sums.result()
 
 
-def _not_special(tokens: Tensor, special_ids: Iterable[int]) -> Tensor:
-    return ~torch.isin(tokens, torch.tensor(list(special_ids), dtype=tokens.dtype))
-
-
 def _once(what: str, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int], batch_size: int,
           measure: Callable[[], T]) -> T:
     """What ``measure`` gave when it was last asked for ``what`` at the same place."""
@@ -146,7 +143,7 @@ def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: Hoo
         special_ids: token ids that are neither data points nor targets.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
-    where = (lm.model, hook, tokens, _not_special(tokens, special_ids))
+    where = (lm.model, hook, tokens, data_points(tokens, special_ids))
     how = {"batch_size": batch_size, "progress_bar": progress_bar}
     ce_ablated = _once("ce_ablated", lm, hook, tokens, special_ids, batch_size,
                        lambda: ablated_cross_entropy(*where, **how))
@@ -162,7 +159,7 @@ def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tok
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
     pairs = _once("gradients", lm, hook, tokens, special_ids, batch_size, lambda: list(gradients(
-        lm.model, hook, tokens, _not_special(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
+        lm.model, hook, tokens, data_points(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
         batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)))
     device = sae.W_dec.device
     inside = [(x[kept], gradient[kept]) for x, gradient in pairs if (kept := is_within(x, norm_bound)).any()]

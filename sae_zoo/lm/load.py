@@ -8,17 +8,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from sae_zoo.lm.dtype import check_dtype, choose_dtype
+from sae_zoo.lm.gguf import converted, gguf_file, gguf_fingerprint
 from sae_zoo.lm.hooks import count_layers
 
 BUILTIN = Path(__file__).parent / "builtin"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Where language models are made: converted GGUF files, and what lm.dtype auto was.
+MADE = Path("outputs/lm")
 # What a hub model is loaded from. Not every *.safetensors: some repositories hold the same weights twice.
 _HUB_FILES = ("*.json", "*.txt", "tokenizer.model", "model*.safetensors")
 _QUIET_BELOW_BYTES = 1_000_000_000  # loads in a moment; no progress bar
@@ -30,7 +34,8 @@ class LoadedLM:
 
     Attributes:
         model: a ``*ForCausalLM`` in eval mode; no parameter requires a gradient.
-        fingerprint: names its weights, config and tokenizer: SHA-256 of a folder's files, or the hub model's commit.
+        fingerprint: names its weights, config and tokenizer: SHA-256 of a folder's or a GGUF file's content, or the hub
+            model's commit; with a separator of documents of its own, a digest of the two.
         path: as it was asked for.
         n_layers: transformer layers.
         device: where it was put; None where transformers has spread it over several.
@@ -104,41 +109,79 @@ def _progress_bar(shown: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def check_context_size(config: Any, context_size: int) -> None:
+    """Raises ValueError if rows of ``context_size`` tokens are longer than the positions that the model was trained on."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(most, int) and isinstance(context_size, int) and context_size > most:
+        raise ValueError(f"lm.context_size is {context_size}; the model was trained on {most}")
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, separator: str | None, path: str) -> None:
+    """Make ``separator``, if any, BOS and EOS; pad with EOS, or BOS, where the embedding has no row for padding.
+
+    Raises:
+        ValueError: if the tokenizer does not know the separator, or the model BOS or EOS.
+    """
+    if separator is not None:
+        if separator not in tokenizer.get_vocab():
+            raise ValueError(f"lm.document_separator: {separator!r} is no token of {path!r}; choose from "
+                             f"{', '.join(tokenizer.all_special_tokens)}, or leave it null")
+        tokenizer.bos_token = tokenizer.eos_token = separator
+    for name, number in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        if number is not None and number >= n_embeddings:
+            raise ValueError(f"lm.path: the tokenizer of {path!r} has {name} at {number}, but the model knows {n_embeddings} "
+                             "tokens; the two do not belong together")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= n_embeddings:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
+
+
 def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | str = "cpu",
-            device_map: str | None = None) -> LoadedLM:
-    """Load a causal language model and its tokenizer; safetensors only, and never code from the model's repository.
+            device_map: str | None = None, document_separator: str | None = None, made: Path = MADE) -> LoadedLM:
+    """Load a causal language model and its tokenizer; safetensors or GGUF, and never code from the model's repository.
 
     Args:
-        path: ``builtin``, a folder as ``save_pretrained`` writes it, or a name on the Hugging Face hub.
+        path: ``builtin``, ``smollm2``, a GGUF file, a folder as ``save_pretrained`` writes it, or a name on the Hugging
+            Face hub.
         revision: a commit, tag or branch of the hub; None is main.
-        dtype: float32, bfloat16 or float16; not part of the fingerprint.
+        dtype: float32, bfloat16, float16, or auto, see :func:`sae_zoo.lm.dtype.choose_dtype`; not part of the
+            fingerprint.
         device_map: how transformers is to spread the layers over all devices, ``auto`` say; needs ``accelerate``. None
             puts the model on ``device`` whole.
+        document_separator: the token that rows begin with and documents end with; None is the tokenizer's own BOS and
+            EOS. A chat model's are those of a turn, and it has read running text between others.
+        made: folder of converted GGUF files, and of the answers to dtype auto.
 
     Raises:
         ValueError: if the dtype is unknown, a device map cannot be had, ``path`` is neither a folder nor a hub model
-            within reach, there is no complete model in it, or a folder is given a revision.
+            within reach, there is no complete model in it, a folder is given a revision, or the separator is no token.
+        OSError: if a converted model cannot be written.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"lm.dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if device_map is not None and find_spec("accelerate") is None:
         raise ValueError(f"lm.device_map is {device_map!r}, which needs the accelerate package: pip install accelerate, or "
                          "leave it null")
-    folder = BUILTIN if path == "builtin" else Path(path).expanduser()
+    file = gguf_file(path)
+    if file is not None:
+        with _progress_bar(shown=file.stat().st_size > _QUIET_BELOW_BYTES):
+            folder = converted(file, made)
+    else:
+        folder = BUILTIN if path == "builtin" else Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"lm.revision is {revision!r}, but lm.path {path!r} is a folder; only hub models have one")
+            raise ValueError(f"lm.revision is {revision!r}, but lm.path {path!r} is {'a folder' if file is None else 'a file'}; "
+                             "only hub models have one")
         files = _files(folder)
-        fingerprint = _digest(files)
+        fingerprint = _digest(files) if file is None else gguf_fingerprint(file)
     else:
         folder = _download(path, revision)
         files = _files(folder)
         fingerprint = folder.name
     try:
         with _progress_bar(shown=sum(f.stat().st_size for f in files) > _QUIET_BELOW_BYTES):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=DTYPES[dtype], device_map=device_map, use_safetensors=True, trust_remote_code=False,
-                output_loading_info=True)
+                folder, dtype=choose_dtype(dtype, config, "cuda" if device_map else device, made), device_map=device_map,
+                use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"lm.path: {folder} cannot be loaded as a causal language model: {error}") from error
@@ -146,6 +189,9 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
         missing = sorted(report["missing_keys"])
         raise ValueError(f"lm.path: {folder} lacks {len(missing)} of the model's weights, {missing[0]} among them; "
                          "its config.json and its *.safetensors do not belong together")
+    _set_special_tokens(tokenizer, model.get_input_embeddings().weight.shape[0], document_separator, path)
+    if document_separator is not None:
+        fingerprint = hashlib.sha256(f"{fingerprint} {document_separator}".encode()).hexdigest()
     model.requires_grad_(False).eval()
     if device_map is None:
         model.to(device)

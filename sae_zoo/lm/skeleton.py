@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
-from sae_zoo.lm.load import BUILTIN, DTYPES
+from sae_zoo.lm.dtype import build_skeleton, check_dtype, choose_dtype
+from sae_zoo.lm import dtype as of_dtype
+from sae_zoo.lm.gguf import gguf_config, gguf_file
+from sae_zoo.lm.load import BUILTIN, MADE
 
 # What the hub's config.json of these gated models says of their shape, for machines that cannot read it there. Checked
 # against table 1 of the Gemma 2 report (arXiv 2408.00118) and the number of parameters that the hub shows.
@@ -26,6 +28,8 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def _config(path: str, revision: str | None) -> Any:
+    if (file := gguf_file(path)) is not None:
+        return gguf_config(file)
     folder = BUILTIN if path == "builtin" else Path(path).expanduser()
     try:
         file = folder / "config.json" if folder.is_dir() else hf_hub_download(path, "config.json", revision=revision)
@@ -39,37 +43,28 @@ def _config(path: str, revision: str | None) -> Any:
             f"is gated, and whether HF_HUB_OFFLINE is set ({str(error).strip().splitlines()[0]})") from None
 
 
-def load_skeleton(path: str, *, revision: str | None = None, dtype: str = "float32") -> PreTrainedModel:
+def load_skeleton(path: str, *, revision: str | None = None, dtype: str = "float32", device: torch.device | str = "cpu",
+                  made: Path = MADE) -> PreTrainedModel:
     """The model that :func:`sae_zoo.lm.load.load_lm` would load, on the meta device: every module, no weight.
 
     Args:
-        path, revision, dtype: as of :func:`~sae_zoo.lm.load.load_lm`. Of a hub model only ``config.json`` is read; that
-            of Gemma 2 2B and 9B is known where the hub cannot be reached.
+        path, revision, dtype, device, made: as of :func:`~sae_zoo.lm.load.load_lm`. Of a hub model only ``config.json`` is
+            read; that of Gemma 2 2B and 9B is known where the hub cannot be reached. Nothing is written.
 
     Raises:
         ValueError: if the dtype is unknown, or no config is within reach or of a causal language model.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"lm.dtype: {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+    check_dtype(dtype)
     config = _config(path, revision)
     try:
-        return _build(config, DTYPES[dtype])
+        return build_skeleton(config, choose_dtype(dtype, config, device, made, remember=False))
     except ValueError as error:
         raise ValueError(f"lm.path: {path!r} is not a causal language model: {error}") from None
 
 
-def _build(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    return model.eval().requires_grad_(False)
-
-
 def one_layer(model: PreTrainedModel) -> PreTrainedModel:
     """A skeleton with the first of ``model``'s layers and next to no vocabulary: small enough to be made real."""
-    config = copy.deepcopy(model.config)
-    text = config.get_text_config()
-    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 256, None
-    return _build(config, model.dtype)
+    return of_dtype.one_layer(model.config, model.dtype)
 
 
 def n_bytes(model: PreTrainedModel) -> int:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from sae_zoo.data.corpus import (
     SPLITS, Document, HFDatasetCorpus, PackedTokens, StdlibCorpus, TextFilesCorpus, deal, pack, special_token_ids, split_of,
 )
+from sae_zoo.lm.rows import data_points
 
 # One token for every lower-case letter, at 10 to 35.
 LETTERS = {chr(ord("a") + i): 10 + i for i in range(26)}
@@ -156,6 +157,17 @@ def test_packing_by_hand():
     assert text(pack(documents("abcd"), letters_tokenizer(**ALL), 4).tokens) == ["^abc", "^d$_"]
     assert text(pack(documents("abc", "de"), letters_tokenizer(eos_token="<2>"), 4).tokens) == ["abc$", "de$$"]
     assert text(pack(documents("abc", "de"), letters_tokenizer(), 2).tokens) == ["ab", "cd"]  # no token to pad with
+
+
+@pytest.mark.parametrize("special", [ALL, {"eos_token": "<2>"}, {}])
+def test_the_first_column_is_never_data(special):
+    """Without BOS it holds an ordinary token, and the model's attention sinks to it."""
+    packed = pack(documents("abc", "defgh", "ijkl"), letters_tokenizer(**special), 4)
+    assert not packed.keep[:, 0].any()
+    special_here = torch.isin(packed.tokens, torch.tensor(packed.special_ids, dtype=torch.int32))
+    assert torch.equal(packed.keep[:, 1:], ~special_here[:, 1:])
+    assert torch.equal(packed.keep, data_points(packed.tokens.long(), packed.special_ids))
+    assert packed.n_tokens == int(packed.keep.sum())
 
 
 def test_max_tokens_cuts_the_last_document():

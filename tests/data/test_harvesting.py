@@ -7,7 +7,7 @@ import torch
 from sae_zoo.data import cache_writer, harvesting
 from sae_zoo.data.cache import manifest_digest
 from sae_zoo.data.corpus import TextFilesCorpus
-from sae_zoo.data.harvesting import HarvestSpec, harvest
+from sae_zoo.data.harvesting import HarvestSpec, _pack, harvest
 from sae_zoo.lm.hooks import capture, resolve_hook
 
 SPEC = {"context_size": 16, "n_tokens": {"train": 700, "validation": 60, "test": 60}, "dtype": "float32",
@@ -126,3 +126,40 @@ def test_an_interrupted_harvest_reads_on_where_it_was(lm, caches, tmp_path, monk
 def test_bad_splits():
     with pytest.raises(ValueError, match="data.n_tokens has train; it needs exactly train, validation, test"):
         HarvestSpec(**SPEC | {"n_tokens": {"train": 5}})
+
+
+# ------------------------------------------------------------------------------------------- corpora that are too small
+
+
+def test_too_few_documents_are_counted(lm, tmp_path):
+    (tmp_path / "book.txt").write_text("the same words again and again " * 500)
+    with pytest.raises(ValueError, match="corpus has no .* document: it has 1 document and is split by document"):
+        packed_of(lm, tmp_path)
+
+
+def test_files_that_are_not_utf8_are_counted(lm, tmp_path, caplog):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_bytes(("words of some length " * 20).encode("utf-16" if i % 2 else "utf-8"))
+    corpus = TextFilesCorpus(paths=str(tmp_path))
+    corpus.fingerprint()
+    assert corpus.left_out() == "30 of 60 files are not UTF-8"
+    assert packed_of(lm, tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes("words".encode("utf-16"))
+    with pytest.raises(ValueError, match="corpus holds no document: 60 of 60 files are not UTF-8"):
+        packed_of(lm, tmp_path)
+
+
+def test_fewer_held_out_tokens_than_two_rows_are_refused(lm, tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i}.txt").write_text("words of some length " * 20)
+    with pytest.raises(ValueError, match=r"data.n_tokens.validation \+ test = 10 is 1 row of lm.context_size 16"):
+        packed_of(lm, tmp_path, validation=5, test=5)
+
+
+def packed_of(lm, folder, **n_tokens):
+    corpus = TextFilesCorpus(paths=str(folder))
+    corpus.fingerprint()
+    spec = HarvestSpec(context_size=16, n_tokens={"train": 300, "validation": 40, "test": 40, **n_tokens}, dtype="float32",
+                       rows_per_shard=100, seed=0)
+    return _pack(corpus, lm, spec)

@@ -9,10 +9,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig
 
 from sae_zoo.lm import load
+from sae_zoo.lm.dtype import DTYPES
 from sae_zoo.lm.hooks import SITES, capture, lm_forward, resolve_hook
-from sae_zoo.lm.load import LoadedLM, load_lm
+from sae_zoo.lm.load import LoadedLM, check_context_size, load_lm
 from sae_zoo.lm.pretraining import build_model, train_tokenizer
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -196,12 +198,33 @@ def test_a_small_folder_shows_no_progress_bar(saved, capfd):
     assert capfd.readouterr().err == ""
 
 
+def test_padding_that_the_model_does_not_know_becomes_eos(folder):
+    tokenizer = load_lm(str(folder)).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    assert tokenizer.pad_token_id == 260
+    tokenizer.save_pretrained(folder)
+    tokenizer = load_lm(str(folder)).tokenizer
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    tokenizer.add_special_tokens({"bos_token": "<another bos>"})
+    tokenizer.save_pretrained(folder)
+    assert "BOS at 261, but the model knows 260 tokens" in error_of(folder)
+
+
+def test_rows_longer_than_the_positions_are_refused():
+    learned, rotary = GPT2Config(n_positions=64), LlamaConfig(max_position_embeddings=64)
+    for config in (learned, rotary):
+        check_context_size(config, 64)
+        with pytest.raises(ValueError, match="lm.context_size is 65; the model was trained on 64"):
+            check_context_size(config, 65)
+
+
 def test_the_lm_configs_say_the_same_things():
     configs = {file.stem: OmegaConf.load(file) for file in (CONF / "lm").glob("*.yaml")}
     assert set(configs) >= {"builtin", "gemma2_2b", "gemma2_9b", "hf"}
     for name, config in configs.items():
-        assert list(config) == ["name", "path", "revision", "dtype", "device_map", "context_size", "batch_size", "sites"], name
-        assert config.dtype in load.DTYPES
+        assert list(config) == ["name", "path", "revision", "dtype", "device_map", "context_size", "batch_size",
+                                "document_separator", "sites"], name
+        assert config.dtype in (*DTYPES, "auto")
         assert name == "hf" or config.name == name
 
 
