@@ -180,6 +180,7 @@ class _Command:
         self.here: set[str] = set()
         self.copies: dict[str, tuple[int, int]] = {}  # by what the caches are known by in harvest_of
         self._streams: list[str | None] = []
+        self._place: str | None = None  # of the job before
         self._planner: _Planner | None = None
 
     def add(self, cfg: DictConfig) -> None:
@@ -195,7 +196,12 @@ class _Command:
                 self.here.add(key)
             if copied := self._planner.copy_bytes(cfg, job.harvest):
                 self.copies[key] = copied
-        together = HydraConfig.get().runtime.choices.get("hydra/launcher") == "one_stream"
+        launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
+        together = launcher == "one_stream"
+        place = digest([key, cfg.hook.layer, cfg.hook.site, cfg.evaluation.n_lm_tokens])
+        if launcher in ("basic", "one_stream"):  # all jobs in one process
+            job = replace(job, place_measured=place == self._place)
+        self._place = place
         self._streams.append(stream_key(cfg) if together else None)
         self.configs.append(cfg)
         self.planned.append(Planned(job, self._planner.rates(cfg, job)))

@@ -234,7 +234,7 @@ class CacheWriter:
                 time.sleep(_WAIT_SECONDS)
         for name in ("tokens", *self.splits):
             (self._partial / name).mkdir(exist_ok=True)
-        largest = max(rows for _, _, rows in self._shards)
+        largest, long_rows = max(rows for _, _, rows in self._shards), LongRows()
         tensors = {"activations": torch.empty(largest, self.d_in, dtype=DTYPES[self.dtype]),
                    **{name: torch.empty(largest, dtype=torch.int32) for name in Origin._fields}}
         splits: dict[str, dict[str, Any]] = {
@@ -246,7 +246,6 @@ class CacheWriter:
                 "shards": [],
             } for split, n_rows in self.splits.items()
         }
-        long_rows = LongRows()
         for i in tqdm(range(len(self._shards)), desc="shards", unit="shard", disable=not progress_bar):
             split, _, rows = self._shards[i]
             name = self._shard_name(i)
@@ -257,9 +256,7 @@ class CacheWriter:
                 self._fill(shard, i)
             self._check_tokens(shard, split, packed[split].tokens)
             if split == "train":
-                for part in zip(*(shard[key].split(_CHUNK_ROWS) for key in ("activations", "token_ids", "positions")),
-                                strict=True):
-                    long_rows.add(*part)
+                long_rows.add(*(shard[key] for key in ("activations", "token_ids", "positions")))
             splits[split]["shards"].append(self._entry(name, shard) if made else self._write(name, shard))
             for number in range(self._part.of):
                 self._bucket(i, number).unlink(missing_ok=True)

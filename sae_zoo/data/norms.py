@@ -21,6 +21,7 @@ _BINS_PER_OCTAVE = 32  # a bin is 2.2 % wide
 _QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99, 0.999, 0.9999, 1.0)
 # Of the longest rows, so many are remembered with their token and position, and so many of either are named.
 _REMEMBERED, _NAMED = 4096, 5
+_ROWS_AT_ONCE = 4096
 # A multiple of the median above which rows are told of: what cuts the latents of a default run is cut there too.
 TOLD_ABOVE = 4.0
 
@@ -128,7 +129,7 @@ class LongRows:
 
     def add(self, rows: Tensor, token_ids: Tensor, positions: Tensor) -> None:
         """Count ``rows`` [n, d_in], the tokens [n] at which they stand, and the positions [n] of these."""
-        squares = squared_norms(rows)
+        squares = torch.cat([squared_norms(part) for part in rows.split(_ROWS_AT_ONCE)])  # float64 of all is large
         self.norms.add(squares)
         kept = torch.cat([self._kept, torch.stack([squares, token_ids.double(), positions.double()])], dim=1)
         self._kept = kept[:, kept[0].argsort(descending=True, stable=True)[:_REMEMBERED]]

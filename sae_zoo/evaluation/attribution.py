@@ -70,4 +70,5 @@ def uniformity(code: SparseCode, W_dec: Tensor, gradient: Tensor) -> Tensor:
         return values.new_zeros(code.active.batch).index_add(0, rows, values)
 
     p = y / by_token(y).index_select(0, rows)
-    return by_token(torch.special.entr(p)).exp() / by_token((y > 0).double())
+    n_effective = by_token((y > 0).double())
+    return by_token(torch.special.entr(p)).exp() / n_effective.where(n_effective > 0, torch.nan)

@@ -164,4 +164,4 @@ def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tok
     device = sae.W_dec.device
     inside = [(x[kept], gradient[kept]) for x, gradient in pairs if (kept := is_within(x, norm_bound)).any()]
     found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in inside]
-    return float(torch.cat(found).nanmean())
+    return float(torch.cat(found).nanmean()) if found else math.nan

@@ -18,15 +18,16 @@ from sae_zoo.planning.sae import SAECost
 _CUDA_BYTES = 1_000_000_000
 # What a run's process takes beyond one that has loaded it all: Lightning's trainer, threads, compiled kernels.
 _LATER_BYTES = 100_000_000
-# On a CPU, what a pass of the language model leaves of the heap for each byte that lives at its peak: the holes too.
-_HEAP = 2.5
+# On a CPU, what a pass of the language model leaves of the heap beyond what lives at its peak, the holes: 1.5 bytes for
+# each of these, but no more than so many (measured from 0.5 to 4 GB, analysis/LOG.md).
+_HOLES, _MOST_HOLES = 1.5, 600_000_000
 # Share of latents that is taken to be dead where AuxK trains them (0.1 to 3 % at the end of runs, analysis/LOG.md).
 DEAD_SHARE = 0.03
 # A token while text is packed: the pieces, the stream and the rows, int32 each.
 _BYTES_A_PACKED_TOKEN = 12
 _ROWS_WAITING = 1 << 27  # bytes of rows that a cache's writer collects
 _BATCHES_READ_AHEAD = 4  # one in use, two waiting, one being read
-_FORWARD_PASSES = 3  # of the language model: clean, spliced, ablated
+_FORWARD_PASSES = 2  # of the language model for each SAE: clean, spliced
 _ATTRIBUTED_POSITIONS = 2  # gradients a row
 _CALIBRATION_PASSES = 13  # over the validation rows, when L0 control ends
 # Of a training step, around it: Lightning's loop, counters, L0 control.
@@ -118,6 +119,7 @@ class Job:
         n_rows, n_lm_tokens: of the evaluation.
         devices: that train together, each on its share of a batch.
         online: None where training rows are read from a disk.
+        place_measured: whether the job before it in the same process is evaluated at the same place.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Job:
     n_lm_tokens: int
     devices: int
     online: Online | None = None
+    place_measured: bool = False
 
     def run_bytes(self) -> int:
         """Disk that the run's folder takes while it trains: checkpoints of parameters and optimiser, and the SAE."""
@@ -164,7 +167,7 @@ class Job:
         host = sum(work.n_tokens.values()) * _BYTES_A_PACKED_TOKEN + waiting + work.shard_bytes
         if machine.device_bytes is not None:
             host += work.weight_bytes  # it is loaded on the way to the device
-        memory = self._memory(machine, host=host, device=work.weight_bytes + _heap(machine) * work.cost.peak_bytes)
+        memory = self._memory(machine, host=host, device=work.weight_bytes + _on_heap(machine, work.cost.peak_bytes))
         return Phase("harvest", flops * rates.lm_flop + n_bytes * (2 * rates.write + rates.read + rates.digest), flops,
                      *memory)
 
@@ -202,7 +205,7 @@ class Job:
         waiting, of_lm, pass_bytes = 2 * self.harvest.shard_bytes if self.harvest is not None else 0, 0.0, 0.0
         if self.online is not None:
             waiting, of_lm = self._on_the_fly()
-            pass_bytes = _heap(machine) * self.harvest.cost.peak_bytes
+            pass_bytes = _on_heap(machine, self.harvest.cost.peak_bytes)
         peak = sae.peak_bytes(sae.d_sae if self.dense else entries, dense=self.dense or self.starts_dense,
                               device=machine.device_type)
         lm_waits, lm_works = (self._lm_bytes(), 0) if self.online is None else (0, self._lm_bytes())
@@ -226,24 +229,25 @@ class Job:
         return self.lm.weight_bytes if self.lm is not None else 0
 
     def _evaluation(self, machine: Machine, rates: Rates) -> Phase:
-        """Encoding ``n_rows`` rows and the rows of the language model's tokens, three forward passes of it, and r_L0's
-        one with its gradients. Memory: the model and the parameters, and the passes' peak with gradients.
+        """Encoding ``n_rows`` rows and the rows of the language model's tokens, two forward passes of it; and what it alone
+        decides, unless a job before has measured that: one without the activation, and r_L0's with its gradients. Memory: the model and the parameters, and the passes' peak with gradients.
         """
         seconds, flops = self._encoding(rates, self.n_rows + (self.n_lm_tokens if self.lm is not None else 0))
         peak = 0
         if self.lm is not None and self.harvest is not None:
             lm, rows = self.lm, max(1, self.n_lm_tokens // self.harvest.context_size)
             gradient = lm.attribution.flops - lm.forward.flops
-            of_lm = rows / self.harvest.batch_size * (
-                (_FORWARD_PASSES + 1) * lm.forward.flops + _ATTRIBUTED_POSITIONS * gradient)
+            of_lm = rows / self.harvest.batch_size * (_FORWARD_PASSES * lm.forward.flops + (
+                0 if self.place_measured else 2 * lm.forward.flops + _ATTRIBUTED_POSITIONS * gradient))
             seconds, flops = seconds + of_lm * rates.lm_flop, flops + of_lm
-            peak = _heap(machine) * lm.attribution.peak_bytes * min(1.0, rows / self.harvest.batch_size)
+            peak = _on_heap(machine, lm.attribution.peak_bytes * min(1.0, rows / self.harvest.batch_size))
         memory = self._memory(machine, host=0, device=self._lm_bytes() + self.sae.parameter_bytes + peak)
         return Phase("evaluation", seconds, flops, *memory)
 
 
-def _heap(machine: Machine) -> float:
-    return _HEAP if machine.device_bytes is None else 1.0
+def _on_heap(machine: Machine, peak_bytes: float) -> float:
+    """Memory that a pass takes whose tensors take ``peak_bytes``."""
+    return peak_bytes + (min(_HOLES * peak_bytes, _MOST_HOLES) if machine.device_bytes is None else 0.0)
 
 
 def mean_l0(l0_in_force, n_steps: int) -> float:

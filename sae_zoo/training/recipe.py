@@ -32,10 +32,7 @@ class Recipe:
             ``l0_start`` are cut where more latents than dimensions would be active.
         l0_control: whether a measured L0 drives thresholds and coefficient; without it variants that have a coefficient
             need an explicit one.
-        control_shift: share of the error of L0 (its logarithm over the target) by which thresholds are raised in a step,
-            in units of each latent's mean excess. Where excesses are exponentially distributed, which they nearly are,
-            raising a threshold by its mean excess divides the latent's frequency by e: a share of 1 would meet the
-            target in one step, and 0.05 does so in twenty, with a twentieth of the batch's noise.
+        control_shift: see :func:`sae_zoo.training.control.threshold_shift`.
         control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
         error_bound: None, or the multiple of the mean length of a token's error above which it pulls no harder (Huber
             1964): one row of a huge norm else moves most latents the same way in a single step.

@@ -253,7 +253,7 @@ def test_calibration_meets_the_target_or_changes_nothing(sae):
     else:
         assert found is None
     sae.load_state_dict(before)
-    sae.l0_target = D_SAE / 2
+    sae.l0_target = D_SAE - 1
     found = sae.calibrate(x)
     assert (found.shift, found.l0_after, found.fvu_after) == (0, found.l0_before, found.fvu_before) if sae.controlled \
         else found is None
@@ -281,7 +281,11 @@ def test_control_moves_thresholds_towards_the_target(sae, off, end, monkeypatch)
     moves = sae.controlled and (end or not sae.bias_is_threshold)
     assert (sae._shift != 0) == moves
     if moves:
-        assert sae._shift == pytest.approx(sae.recipe.control_shift * math.log(off))
+        left = 0 if end else 0.1  # to the coefficient
+        assert sae._shift == pytest.approx(sae.recipe.control_shift * math.copysign(abs(math.log(off)) - left, off - 1))
+    sae._shift = 0.0
+    sae._control(1.05 * sae.l0_in_force(step))
+    assert (sae._shift != 0) == (sae.controlled and end)
 
 
 def test_shifts_keep_thresholds_positive(sae):
