@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_zoo.data.activations import summed_squares
+from sae_zoo.functional.norms import squared_norms
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import TextFilesCorpus
 from sae_zoo.data.folders import LocalFolder
@@ -164,7 +164,7 @@ def test_a_pass_fetches_a_file_once_with_room_for_two_of_each_part(folder, tmp_p
 
 def test_facts_of_all_parts(merged, folder, whole):
     n = merged.n_rows("train")
-    assert merged.mean_squared_norm == pytest.approx(summed_squares(merged.rows("train", 0, n)) / n, rel=1e-12)
+    assert merged.mean_squared_norm == pytest.approx(float(squared_norms(merged.rows("train", 0, n)).mean()), rel=1e-12)
     assert merged.manifest["identity"] == whole.manifest["identity"]
     train = merged.manifest["splits"]["train"]
     assert train["n_rows"] == n and train["n_documents"] == whole.manifest["splits"]["train"]["n_documents"]
