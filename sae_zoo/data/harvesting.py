@@ -15,6 +15,7 @@ from tqdm import tqdm
 from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make_cache_id, open_cache
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
 from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, EmptyCorpus, PackedTokens, deal, dealt_to, pack
+from sae_zoo.data.norms import describe
 from sae_zoo.data.parts import Part, part_of, partial_folder, wait_for_first
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
@@ -133,6 +134,9 @@ def harvest(lm: LoadedLM, lm_name: str, hooks: Sequence[HookPoint], corpus: Corp
             _run(lm, unfinished, packed, part, writers, batch_size, progress_bar)
             made = {name: writer.finish(packed, progress_bar=progress_bar and process[0] == 0)
                     for name, writer in writers.items()}
+            for name, cache in made.items():
+                if process[0] == 0 and (line := describe(cache.manifest["norms"], cache.n_rows("train"), lm.tokenizer)):
+                    log.warning("%s: %s", name, line)
         return {hook.name: made.get(hook.name) or _open(root / ids[hook.name], hook_width(lm.model, hook))
                 for hook in hooks}
 

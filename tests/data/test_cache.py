@@ -310,7 +310,7 @@ DAMAGE = {
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "sizes", "is not a cache: it has no manifest.json"),
     "not JSON": (lambda p: (p / "manifest.json").write_text("{"), "sizes", "not a JSON object with a format_version"),
     "a list": (lambda p: (p / "manifest.json").write_text("[1]"), "sizes", "not a JSON object with a format_version"),
-    "version": (lambda p: edit(p, lambda m: m.update(format_version=2), sign=True), "sizes", "has format version 2"),
+    "version": (lambda p: edit(p, lambda m: m.update(format_version=1), sign=True), "sizes", "has format version 1"),
     "key": (lambda p: edit(p, lambda m: m.pop("mean_squared_norm"), sign=True), "sizes", "lacks mean_squared_norm"),
     "edited norm": (lambda p: edit(p, lambda m: m.update(mean_squared_norm=1.0), sign=False), "sizes", "was changed"),
     "edited rows": (lambda p: edit(p, lambda m: m["splits"]["test"].update(n_rows=3), sign=False), "sizes", "changed"),

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from sae_zoo.functional.norms import squared_norms
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import TextFilesCorpus
 from sae_zoo.data.folders import LocalFolder
 from sae_zoo.data.merged import Blend, MergedCache, open_cache_or_parts
 from sae_zoo.data.remote import RemoteFolder
+from sae_zoo.functional.norms import squared_norms
 from tests.data.parts.spec import HELD_OUT, SPEC
 from tests.data.test_cache import harvest as numbered_cache
 
