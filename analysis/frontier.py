@@ -146,6 +146,7 @@ def _notes(finished: list[Record], groups: list[SeedGroup]) -> list[str]:
               for r in finished if r.get("l0_missed")]
     if missed:
         notes.append(f"* missed its target L0: {', '.join(missed)}")
+    notes += [f"note: {run_name(r)} {r['notes']}" for r in finished if "collapsed" in (r.get("notes") or "")]
     for label in sorted({group.label for group in groups}):
         own = [group for group in groups if group.label == label]
         if not is_curve(own):
