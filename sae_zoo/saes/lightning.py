@@ -26,9 +26,7 @@ log = logging.getLogger(__name__)
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
-import os
-SHIFT = float(os.environ.get('SHIFT', 0.05)); KI=os.environ.get('KI'); KP=os.environ.get('KP')
-# The most by which calibration moves thresholds, in mean excesses; how often it halves a share, rows that it encodes at a time.
+# The most by which calibration moves thresholds, in mean excesses; how often it halves a share; rows encoded at a time.
 _LARGEST_SHIFT = 0.2
 _CALIBRATION_HALVINGS = 10
 _CALIBRATION_ROWS = 4096
