@@ -91,7 +91,7 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad()
         done("optimiser")
-        l0 = self.sae._count(loss.counts)
+        l0, _ = self.sae._count(loss.counts)
         done("counters")
         return l0
 

@@ -10,15 +10,16 @@ from analysis.benchmark.__main__ import main
 
 
 def row(arm, target, **values):
-    like = {"place": "p", "d_sae": 64, "steps": 10, "batch": 8, "seed": 0, "set": []}
+    like = {"place": "p", "d_sae": 64, "steps": 10, "batch": 8, "seed": 0, "set": [], "split": "test", "l0_standard_error": 0.1}
     return like | {"arm": arm, "target": target, "l0": target, "fvu": 8 / target, "dead_fraction": 0.0, "notes": None} | values
 
 
 def test_verdicts():
     rows = [row("topk", 20), row("topk", 40), row("jumprelu", 20, l0=20.7), row("jumprelu", 40, fvu=0.41, dead_fraction=0.06),
+            row("gated", 20, l0=20.7, l0_standard_error=0.4),
             row("relu", 20, notes="collapsed at step 9"), row("relu", 40, fvu=1.0)]
     sound.add_verdicts(rows)
-    assert [r["wrong"] for r in rows] == [[], [], ["L0"], ["dead", "FVU rises"], ["collapsed"], ["collapsed", "FVU rises"]]
+    assert [r["wrong"] for r in rows] == [[], [], ["L0"], ["dead", "FVU rises"], [], ["collapsed"], ["collapsed", "FVU rises"]]
     assert rows[2]["over_topk"] == 1 and rows[3]["over_topk"] == pytest.approx(0.41 / 0.2)
 
 

@@ -1,4 +1,5 @@
 import csv
+import math
 
 import numpy as np
 import pytest
@@ -62,7 +63,21 @@ def test_latents_by_hand(tmp_path):
     counts.add(SparseCode(code.active, torch.where(code.values < 1e-6, 0.0, code.values)))
     counts.add(SparseCode.from_dense(torch.zeros(6, 4)))
     assert counts.frequency.tolist() == [0, 0.25, 0, 0.125]
-    assert counts.summary() == {"l0": 3 / 8, "dead_fraction": 0.5, "fraction_above_1pct": 0.5, "fraction_above_10pct": 0.5}
+    summary = counts.summary()
+    assert math.isnan(summary.pop("l0_standard_error"))
+    assert summary == {"l0": 3 / 8, "dead_fraction": 0.5, "fraction_above_1pct": 0.5, "fraction_above_10pct": 0.5}
     counts.write_csv(tmp_path / "latents.csv")
     rows = list(csv.DictReader(open(tmp_path / "latents.csv")))
     assert rows[1] == {"latent": "1", "frequency": "0.25", "mean_active_value": "3", "max_value": "4"}
+
+
+def test_the_error_of_l0_takes_neighbours_for_alike():
+    """Of 40 runs of 256 equal tokens: that of the mean of 40 values, not of 10,240; a part of a block at the end is left out."""
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) > 0.5
+    counts = LatentCounts(2)
+    for value in values:
+        counts.add(SparseCode.from_dense(torch.full((256, 2), float(value))))
+    expected = 2 * float(values.double().std()) / 40**0.5
+    assert counts.l0_standard_error == pytest.approx(expected)
+    counts.add(SparseCode.from_dense(torch.zeros(100, 2)))
+    assert counts.l0_standard_error == pytest.approx(expected)
