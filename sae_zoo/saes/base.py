@@ -152,7 +152,7 @@ class SAE(LightningSAE, ABC):
                 raise ValueError(f"{name} is {value}; it must be positive")
         if not auxk_coefficient >= 0:
             raise ValueError(f"sae.auxk_coefficient is {auxk_coefficient}; it must not be negative")
-        self.d_in, self.subtract_b_dec, self.auxk_coefficient = d_in, subtract_b_dec, auxk_coefficient
+        self.d_in, self.subtract_b_dec, self.auxk_coefficient, self.seed = d_in, subtract_b_dec, auxk_coefficient, seed
 
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.rand(d_sae, d_in, generator=generator) * 2 - 1

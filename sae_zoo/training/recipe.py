@@ -26,6 +26,7 @@ class Recipe:
         lr_warmup_steps, lr_start_factor, lr_decay_fraction: see :func:`sae_zoo.training.schedules.lr_factor`.
         coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
+        decoder_start: ``random`` directions (the paper), or ``data``: see :meth:`sae_zoo.saes.lightning.LightningSAE.initialise`.
         l0_start: None (the paper: thresholds and biases as the variant's yaml says) or the multiple of ``l0_target`` at
             which every latent's threshold or bias starts, as a quantile of its first pre-activations.
         target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`. This factor and
@@ -58,6 +59,7 @@ class Recipe:
     lr_decay_fraction: float
     coefficient_warmup_steps: int
     b_dec_start: str
+    decoder_start: str
     l0_start: float | None
     target_start_factor: float
     target_anneal_fraction: float
@@ -83,6 +85,8 @@ class Recipe:
             raise ValueError(f"recipe.second_moment is {self.second_moment!r}; choose {' or '.join(SECOND_MOMENTS)}")
         if self.b_dec_start not in ("zero", "mean"):
             raise ValueError(f"recipe.b_dec_start is {self.b_dec_start!r}; choose zero or mean")
+        if self.decoder_start not in ("random", "data"):
+            raise ValueError(f"recipe.decoder_start is {self.decoder_start!r}; choose random or data")
         for name in ("l0_start", "lr_l0", "error_bound"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive or null")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 
 from sae_zoo.config import CONFIG_DIR, build_sae
@@ -229,6 +230,22 @@ def test_start_is_near_its_l0(sae):
     l0 = (fresh.encode(activations()) > 0).sum().item() / BATCH
     expected = TARGET if sae.variant == "topk" else min(D_IN, D_SAE / 2, fresh.recipe.l0_start * TARGET)
     assert l0 == pytest.approx(expected, rel=0.3)
+
+
+def test_directions_start_near_rows_and_no_two_alike(sae):
+    x = activations()[: D_SAE // 2]  # fewer rows than latents
+    x[0] = x[1:].mean(0)  # this one stands at the mean: it has no direction
+    starts = []
+    for seed in (0, 0, 1):
+        fresh = build_sae(config(sae.variant, f"seed={seed}"), d_in=D_IN, input_scale=1.0)
+        fresh.initialise(x)
+        starts.append(fresh.W_dec.detach())
+        assert torch.allclose(F.normalize(fresh.W_enc.T), fresh.W_dec, atol=1e-5)
+    cosines = F.normalize(x - x.mean(0))[1:] @ starts[0].T
+    assert (cosines.amax(0) > 0.6).sum() >= D_SAE - 2  # of 12 dimensions; a random direction's largest is about 0.6
+    assert float(cosines.amax(1).min()) > 0.75  # every row is somebody's
+    assert float((starts[0] @ starts[0].T - 2 * torch.eye(D_SAE)).max()) < 0.9999
+    assert torch.equal(starts[0], starts[1]) and not torch.allclose(starts[0], starts[2], atol=0.1)
 
 
 def test_calibration_meets_the_target_or_changes_nothing(sae):

@@ -52,7 +52,8 @@ def test_recipes_are_valid_and_bad_values_are_named():
         build_recipe(recipe)
     for change, message in (({"lr": 0}, "recipe.lr is 0; it must be positive"),
                             ({"beta1": 1.5}, "recipe.beta1 is 1.5; it must be between 0 and 1"),
-                            ({"b_dec_start": "median"}, "recipe.b_dec_start is 'median'; choose zero or mean")):
+                            ({"b_dec_start": "median"}, "recipe.b_dec_start is 'median'; choose zero or mean"),
+                            ({"decoder_start": "pca"}, "recipe.decoder_start is 'pca'; choose random or data")):
         with pytest.raises(ValueError, match=message):
             build_recipe(OmegaConf.merge(recipe, change))
 
