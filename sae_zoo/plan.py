@@ -132,7 +132,7 @@ class _Planner:
 
         def of_sae() -> dict[str, float]:
             small = OmegaConf.merge(cfg, {"d_sae": d_sae, "l0_target": max(1, min(cfg.l0_target or 1, d_sae // 4)),
-                                          "recipe": {"l0_start": 1.0}})
+                                          "recipe": {"threshold_start": "quantile"}})
             sae = build_sae(small, d_in=d_in, input_scale=d_in**0.5)
             return sae_rates(sae, batch, self.device, mixed=mixed)
 

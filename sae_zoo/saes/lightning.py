@@ -19,7 +19,7 @@ from sae_zoo.functional.processes import sum_over_processes
 from sae_zoo.training.adam import Adam
 from sae_zoo.training.control import l0_error, next_log_coefficient, threshold_shift
 from sae_zoo.training.recipe import Recipe
-from sae_zoo.training.schedules import decays, lr_factor, target_factor, warmup_factor
+from sae_zoo.training.schedules import decays, lr_factor, warmup_factor
 from sae_zoo.training.watch import collapse
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,12 @@ _CALIBRATION_HALVINGS = 10
 _CALIBRATION_ROWS = 4096
 # A latent's mean excess is one over about so many of the last tokens on which it was active.
 _EXCESS_TOKENS = 20.0
+# See LightningSAE.dead_after_tokens.
+_DEAD_AFTER_TOKENS, _DEAD_AFTER_GAPS = 10_000, 200
 # What a random direction weighs beside that of a row of data in a latent's start: alone, rows leave 2 to 15 % dead where
 # half as much of both leaves 0 to 6 % (TopK, three places of SmolLM2, L0 20 and 80), at the same FVU; and it tells apart
 # latents that start at the same row.
 _RANDOM_SHARE = 0.5
-# More of all latents than this share active at the start makes JumpReLU's thresholds meaningless: FVU at d_sae 256, L0 40
-# of 128 dimensions 0.139 with half of them, 0.127 with a quarter (analysis/LOG.md).
-_DENSEST_START = 0.25
 
 
 @dataclass(frozen=True)
@@ -150,15 +149,9 @@ class LightningSAE(pl.LightningModule):
     @property
     def start_density(self) -> float | None:
         """Share of tokens on which each latent is active at a data-dependent start; None where the recipe has none."""
-        if self.recipe.l0_start is None or self.l0_target is None:
+        if self.recipe.threshold_start == "fixed" or self.l0_target is None:
             return None
-        return min(0.5, self.at_start(self.recipe.l0_start) * self.l0_target / self.d_sae)
-
-    def at_start(self, factor: float) -> float:
-        """``factor``, cut so that ``l0_target`` times it is at most ``d_in``, and a quarter of ``d_sae``: more latents than
-        dimensions reconstruct anything, so a start with them teaches nothing, and L0 falls from it too fast to be caught.
-        """
-        return min(factor, max(1.0, min(self.d_in, _DENSEST_START * self.d_sae) / self.l0_target))
+        return min(0.5, self.l0_target / self.d_sae)
 
     # End.
 
@@ -236,15 +229,7 @@ class LightningSAE(pl.LightningModule):
         """Share of their peak that all other rates have at ``step``; above an L0 it falls in proportion."""
         if self.lr_l0_multiple is None or self.recipe.lr_l0 is None or self.l0_target is None:
             return self.schedule(step)
-        return self.schedule(step) * min(1.0, self.lr_l0_multiple * self.recipe.lr_l0 / self.l0_in_force(step))
-
-    def l0_in_force(self, step: int) -> float:
-        """The L0 that control aims at in ``step``, which falls to ``l0_target``; where the equation fixes L0, that."""
-        if not self.controlled:
-            return self.l0_target
-        recipe = self.recipe
-        return self.l0_target * target_factor(step, n_steps=recipe.n_steps, anneal_fraction=recipe.target_anneal_fraction,
-                                              start_factor=self.at_start(recipe.target_start_factor))
+        return self.schedule(step) * min(1.0, self.lr_l0_multiple * self.recipe.lr_l0 / self.l0_target)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, *args, **kwargs) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
@@ -265,9 +250,21 @@ class LightningSAE(pl.LightningModule):
         return value * warmup_factor(self.global_step, self.recipe.coefficient_warmup_steps)
 
     @property
+    def dead_after_tokens(self) -> float:
+        """``recipe.dead_after_tokens``; where it is null, 200 times as many tokens as a latent of mean frequency waits for,
+        but at least 10,000, and beyond that at most a tenth of the run.
+        """
+        recipe = self.recipe
+        if recipe.dead_after_tokens is not None:
+            return recipe.dead_after_tokens
+        l0 = self.l0_target or float(self.density) * self.d_sae
+        gap = self.d_sae / max(l0, 1.0)
+        return max(_DEAD_AFTER_TOKENS, min(_DEAD_AFTER_GAPS * gap, recipe.n_steps * recipe.batch_size / 10))
+
+    @property
     def dead(self) -> Tensor:
-        """[d_sae] bool: silent for at least ``recipe.dead_after_tokens`` training tokens."""
-        return self.tokens_since_fired >= self.recipe.dead_after_tokens
+        """[d_sae] bool: silent for at least :attr:`dead_after_tokens` training tokens."""
+        return self.tokens_since_fired >= self.dead_after_tokens
 
     # Steps.
 
@@ -334,7 +331,7 @@ class LightningSAE(pl.LightningModule):
         """
         if not self.controlled:
             return
-        recipe, average, target = self.recipe, float(self.l0_average), self.l0_in_force(self.global_step)
+        recipe, average, target = self.recipe, float(self.l0_average), self.l0_target
         ratio = float(self.heldout_l0_ratio)
         falling = decays(self.global_step, n_steps=recipe.n_steps, decay_fraction=recipe.lr_decay_fraction)
         if falling or not self.bias_is_threshold:

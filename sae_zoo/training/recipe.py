@@ -27,17 +27,16 @@ class Recipe:
         coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
         decoder_start: ``random`` directions (the paper), or ``data``: see :meth:`sae_zoo.saes.lightning.LightningSAE.initialise`.
-        l0_start: None (the paper: thresholds and biases as the variant's yaml says) or the multiple of ``l0_target`` at
-            which every latent's threshold or bias starts, as a quantile of its first pre-activations.
-        target_start_factor, target_anneal_fraction: see :func:`sae_zoo.training.schedules.target_factor`. This factor and
-            ``l0_start`` are cut where more latents than dimensions would be active.
+        threshold_start: ``fixed`` (the paper: thresholds and biases as the variant's yaml says), or ``quantile``: of each
+            latent's first pre-activations, so that it is active on ``l0_target / d_sae`` of the tokens.
         l0_control: whether a measured L0 drives thresholds and coefficient; without it variants that have a coefficient
             need an explicit one.
         control_shift: see :func:`sae_zoo.training.control.threshold_shift`.
         control_proportional, control_integral: see :func:`sae_zoo.training.control.next_log_coefficient`.
         error_bound: None, or the multiple of the mean length of a token's error above which it pulls no harder (Huber
             1964): one row of a huge norm else moves most latents the same way in a single step.
-        dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK).
+        dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK); None: see
+            :attr:`sae_zoo.saes.lightning.LightningSAE.dead_after_tokens`.
 
     Raises:
         ValueError: if a value is out of bounds.
@@ -60,22 +59,19 @@ class Recipe:
     coefficient_warmup_steps: int
     b_dec_start: str
     decoder_start: str
-    l0_start: float | None
-    target_start_factor: float
-    target_anneal_fraction: float
+    threshold_start: str
     l0_control: bool
     control_shift: float
     control_proportional: float
     control_integral: float
     error_bound: float | None
-    dead_after_tokens: int
+    dead_after_tokens: int | None
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "threshold_lr", "bias_lr", "adam_eps", "target_start_factor",
-                     "dead_after_tokens"):
+        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "threshold_lr", "bias_lr", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction", "target_anneal_fraction"):
+        for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_shift", "control_proportional", "control_integral"):
@@ -87,6 +83,8 @@ class Recipe:
             raise ValueError(f"recipe.b_dec_start is {self.b_dec_start!r}; choose zero or mean")
         if self.decoder_start not in ("random", "data"):
             raise ValueError(f"recipe.decoder_start is {self.decoder_start!r}; choose random or data")
-        for name in ("l0_start", "lr_l0", "error_bound"):
+        if self.threshold_start not in ("fixed", "quantile"):
+            raise ValueError(f"recipe.threshold_start is {self.threshold_start!r}; choose fixed or quantile")
+        for name in ("lr_l0", "error_bound", "dead_after_tokens"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive or null")

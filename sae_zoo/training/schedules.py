@@ -26,13 +26,3 @@ def decays(step: int, *, n_steps: int, decay_fraction: float) -> bool:
 def warmup_factor(step: int, warmup_steps: int) -> float:
     """Linear from 0 to 1 over ``warmup_steps``, then 1."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
-
-
-def target_factor(step: int, *, n_steps: int, start_factor: float, anneal_fraction: float) -> float:
-    """What the L0 target is multiplied by at ``step``: from ``start_factor`` to 1 over the first ``anneal_fraction`` of
-    ``n_steps``; its logarithm falls as (1 - t)^2, so that L0 arrives without speed and does not shoot past.
-    """
-    anneal_steps = anneal_fraction * n_steps
-    if step >= anneal_steps:
-        return 1.0
-    return start_factor ** ((1 - step / anneal_steps) ** 2)

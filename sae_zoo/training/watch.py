@@ -5,8 +5,7 @@ from __future__ import annotations
 # A run that loses this share of its latents, beyond the fewest that were ever dead, has collapsed: sound ones lose a
 # twentieth at most (analysis/LOG.md).
 LOST_SHARE = 0.2
-# From one look at the curves to the next, FVU rises by less than this factor, and by less than this much, in a sound run:
-# while the target L0 falls, by 1 or 2 %.
+# From one look at the curves to the next, FVU rises by less than this factor, and by less than this much, in a sound run.
 _JUMP_FACTOR, _JUMP = 1.5, 0.1
 
 

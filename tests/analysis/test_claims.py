@@ -192,7 +192,7 @@ def test_a_training_that_was_repeated_elsewhere_counts_once_by_the_one_that_was_
 def test_4_and_4_point_0_are_one_configuration():
     records, _ = both(0.9, sites=SITES[:1])
     for i, record in enumerate(records):
-        record["recipe.l0_start"] = 4 if i % 2 else 4.0
+        record["recipe.lr_l0"] = 4 if i % 2 else 4.0
     assert judged(records)["C1"].effect == pytest.approx(0.9)
 
 

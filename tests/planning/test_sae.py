@@ -53,7 +53,7 @@ def test_flops_of_auxk_are_those_of_its_loss():
     sae = make()
 
     def counted(n_dead):
-        sae.tokens_since_fired[:n_dead] = sae.recipe.dead_after_tokens
+        sae.tokens_since_fired[:n_dead] = int(sae.dead_after_tokens)
         with FlopCounterMode(display=False) as counter:
             sae.loss(torch.randn(BATCH, D_IN), sparse=False).total.backward()
         return counter.get_total_flops()

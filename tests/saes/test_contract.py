@@ -228,7 +228,7 @@ def test_start_is_near_its_l0(sae):
     fresh = build_sae(config(sae.variant), d_in=D_IN, input_scale=float(sae.input_scale))
     fresh.initialise(activations())
     l0 = (fresh.encode(activations()) > 0).sum().item() / BATCH
-    expected = TARGET if sae.variant == "topk" else min(D_IN, D_SAE / 2, fresh.recipe.l0_start * TARGET)
+    expected = TARGET
     assert l0 == pytest.approx(expected, rel=0.3)
 
 
@@ -294,14 +294,14 @@ def test_control_moves_thresholds_towards_the_target(sae, off, end, monkeypatch)
     """Those that are trained as such in every step; biases, whose L0 the coefficient holds, while the rates fall."""
     step = sae.recipe.n_steps - 1 if end else sae.recipe.n_steps // 2 + 1
     monkeypatch.setattr(type(sae), "global_step", step)
-    sae._control(off * sae.l0_in_force(step))
+    sae._control(off * TARGET)
     moves = sae.controlled and (end or not sae.bias_is_threshold)
     assert (sae._shift != 0) == moves
     if moves:
         left = 0 if end else 0.1  # to the coefficient
         assert sae._shift == pytest.approx(sae.recipe.control_shift * math.copysign(abs(math.log(off)) - left, off - 1))
     sae._shift = 0.0
-    sae._control(1.05 * sae.l0_in_force(step))
+    sae._control(1.05 * TARGET)
     assert (sae._shift != 0) == (sae.controlled and end)
 
 

@@ -13,7 +13,7 @@ def recipe(**changes):
         "n_steps": 100, "batch_size": 8, "lr": 1e-3, "decoder_lr": 1e-3, "threshold_lr": 1e-3, "bias_lr": 1e-3, "lr_l0": None,
         "second_moment": "element", "beta1": 0.0, "beta2": 0.999, "adam_eps": 1e-8,
         "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
-        "b_dec_start": "zero", "decoder_start": "random", "l0_start": None, "target_start_factor": 1.0, "target_anneal_fraction": 0.0,
+        "b_dec_start": "zero", "decoder_start": "random", "threshold_start": "fixed",
         "l0_control": True, "control_shift": 0.0, "control_proportional": 0.1, "control_integral": 0.01, "error_bound": None,
         "dead_after_tokens": 100,
     }
@@ -44,11 +44,14 @@ def test_sum_over_dimensions_mean_over_batch():
     assert sae.loss(x).total.item() == pytest.approx(sse(x, f @ sae.W_dec + sae.b_dec).item())
 
 
-def test_the_target_starts_with_no_more_latents_than_dimensions_and_a_quarter_of_all():
-    falls = recipe(target_start_factor=4.0, target_anneal_fraction=0.5)
-    for d_in, d_sae, first in ((40, 60, 8.0), (4, 60, 4.0), (1, 60, 2.0), (40, 20, 5.0), (40, 6, 2.0)):
-        sae, _ = make("relu", d_in=d_in, d_sae=d_sae, recipe=falls)
-        assert sae.l0_in_force(0) == first and sae.l0_in_force(50) == 2
+@pytest.mark.parametrize("d_sae, target, given, expected", [
+    (4096, 20, None, 40960), (4096, 80, None, 10240), (256, 40, None, 10000), (16384, 5, None, 200000), (16384, 5, 7, 7)])
+def test_a_latent_is_dead_after_so_many_tokens(d_sae, target, given, expected):
+    sae, _ = make("topk", d_sae=d_sae, l0_target=target,
+                  recipe=recipe(dead_after_tokens=given, n_steps=2000, batch_size=1000))
+    assert sae.dead_after_tokens == expected
+    sae.tokens_since_fired[:3] = expected
+    assert int(sae.dead.sum()) == 3
 
 
 @pytest.mark.parametrize("variant, target, factor", [

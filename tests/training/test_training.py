@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from sae_zoo.config import CONFIG_DIR, build_recipe
 from sae_zoo.training.control import l0_error, next_log_coefficient
-from sae_zoo.training.schedules import decays, lr_factor, target_factor, warmup_factor
+from sae_zoo.training.schedules import decays, lr_factor, warmup_factor
 
 
 def test_learning_rate():
@@ -23,8 +23,6 @@ def test_learning_rate():
 def test_other_schedules():
     assert [warmup_factor(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert warmup_factor(0, 0) == 1
-    values = [target_factor(s, n_steps=100, start_factor=4.0, anneal_fraction=0.2) for s in (0, 10, 20, 99)]
-    assert values == pytest.approx([4, 4**0.25, 1, 1])
 
 
 def test_error_is_symmetric_and_cut():
@@ -53,6 +51,7 @@ def test_recipes_are_valid_and_bad_values_are_named():
     for change, message in (({"lr": 0}, "recipe.lr is 0; it must be positive"),
                             ({"beta1": 1.5}, "recipe.beta1 is 1.5; it must be between 0 and 1"),
                             ({"b_dec_start": "median"}, "recipe.b_dec_start is 'median'; choose zero or mean"),
+                            ({"threshold_start": "4"}, "recipe.threshold_start is '4'; choose fixed or quantile"),
                             ({"decoder_start": "pca"}, "recipe.decoder_start is 'pca'; choose random or data")):
         with pytest.raises(ValueError, match=message):
             build_recipe(OmegaConf.merge(recipe, change))
@@ -61,4 +60,4 @@ def test_recipes_are_valid_and_bad_values_are_named():
 def test_the_paper_recipe_is_the_papers():
     recipe = build_recipe(OmegaConf.load(CONFIG_DIR / "recipe" / "paper.yaml"))
     assert (recipe.lr, recipe.beta1, recipe.beta2, recipe.batch_size) == (7e-5, 0, 0.999, 4096)
-    assert (recipe.lr_warmup_steps, recipe.coefficient_warmup_steps, recipe.l0_start) == (1000, 10000, None)
+    assert (recipe.lr_warmup_steps, recipe.coefficient_warmup_steps, recipe.threshold_start) == (1000, 10000, "fixed")
