@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sae_zoo.functional.processes import sum_over_processes
 from sae_zoo.training.adam import Adam
-from sae_zoo.training.control import l0_error, next_log_coefficient, threshold_shift
+from sae_zoo.training.control import l0_error, next_log_coefficient, seen_by_coefficient, threshold_shift
 from sae_zoo.training.recipe import Recipe
 from sae_zoo.training.schedules import decays, lr_factor, warmup_factor
 from sae_zoo.training.watch import collapse
@@ -338,6 +338,8 @@ class LightningSAE(pl.LightningModule):
             self._shift = threshold_shift(l0_error(l0 * ratio, target), share=recipe.control_shift, always=falling)
         average = l0 if math.isnan(average) else average + _L0_WEIGHT * (l0 - average)
         error = l0_error(average * ratio, target)
+        if not self.bias_is_threshold:
+            error = seen_by_coefficient(error)
         previous = error if math.isnan(float(self.control_error)) else float(self.control_error)
         self.log_coefficient.fill_(next_log_coefficient(
             float(self.log_coefficient), error=error, previous_error=previous,
