@@ -31,7 +31,7 @@ from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
 from sae_zoo.lm.skeleton import n_bytes
 from sae_zoo.one_stream import stream_key
-from sae_zoo.planning.job import Harvest, Job, Online, mean_l0
+from sae_zoo.planning.job import Harvest, Job, Online
 from sae_zoo.planning.lm import LMCost, harvest_cost, hook_widths, lm_cost
 from sae_zoo.planning.machine import (Rates, calibration_size, disk_rates, existing_folder, lm_rate, sae_rates,
                                       this_machine)
@@ -111,11 +111,11 @@ class _Planner:
             raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
         devices = len(devices_of(cfg.trainer.accelerator, cfg.trainer.devices))
         with torch.device("meta"):
-            sae = build_sae(cfg, d_in=d_in, input_scale=1.0)  # of which only the schedule is asked
+            sae = build_sae(cfg, d_in=d_in, input_scale=1.0)  # of which only the start is asked
         batch = cfg.recipe.batch_size // (devices * cfg.trainer.num_nodes)
         cost = self._once(lambda: sae_cost(lambda: build_sae(cfg, d_in=d_in, input_scale=1.0), batch),
                           "sae", cfg.sae, cfg.recipe, cfg.d_sae, d_in, batch)
-        entries = cfg.d_sae if cfg.l0_target is None else mean_l0(sae.l0_in_force, cfg.recipe.n_steps)
+        entries = cfg.d_sae if cfg.l0_target is None else cfg.l0_target
         return Job(
             name=f"{cfg.sae.name} at L0 {cfg.l0_target}, seed {cfg.seed}", harvest=harvest, lm=lm, sae=cost,
             entries=entries, dense=entries >= sae.sparse_below_density * cfg.d_sae,

@@ -52,7 +52,7 @@ def swept(rows, tmp_path_factory):
     root = tmp_path_factory.mktemp("swept")
     for devices in (1, 2):
         status, printed = run(
-            "-m", "sae=jumprelu,topk", *SMALL, f"data.path={rows}", "recipe.n_steps=30", "recipe.dead_after_tokens=300",
+            "-m", "sae=jumprelu,topk", *SMALL, f"data.path={rows}", "recipe.n_steps=30", "recipe.dead_after_tokens=1",
             f"trainer.devices={devices}", f"sweep=d{devices}", f"output_dir={root}")
         assert status == 0, printed
         assert (root / "runs" / f"d{devices}" / "frontier.png").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -248,9 +247,3 @@ class Job:
 def _on_heap(machine: Machine, peak_bytes: float) -> float:
     """Memory that a pass takes whose tensors take ``peak_bytes``."""
     return peak_bytes + (min(_HOLES * peak_bytes, _MOST_HOLES) if machine.device_bytes is None else 0.0)
-
-
-def mean_l0(l0_in_force, n_steps: int) -> float:
-    """The mean over a run of ``l0_in_force(step)``, from a hundred of its steps."""
-    steps = [math.floor(i * n_steps / 100) for i in range(100)]
-    return sum(map(l0_in_force, steps)) / len(steps)

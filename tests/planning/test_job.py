@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sae_zoo.data.cache_writer import estimated_bytes
-from sae_zoo.planning.job import Harvest, Job, Online, mean_l0
+from sae_zoo.planning.job import Harvest, Job, Online
 from sae_zoo.planning.lm import LMCost
 from sae_zoo.planning.machine import Machine, Rates
 from sae_zoo.planning.meter import Cost
@@ -127,11 +127,6 @@ def test_what_does_not_fit_is_found(machine, phase, words):
     assert plan.shortages() == []
     shortages = replace(plan, machine=replace(MACHINE, **machine)).shortages()
     assert words in {shortage.phase: shortage.text for shortage in shortages}[phase]
-
-
-def test_the_mean_l0_of_a_run_is_that_of_its_schedule():
-    assert mean_l0(lambda step: 40.0, 7) == 40
-    assert mean_l0(lambda step: 160 if step < 500 else 40, 1000) == 100
 
 
 def test_numbers_for_people():
