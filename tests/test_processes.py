@@ -52,7 +52,8 @@ def swept(rows, tmp_path_factory):
     root = tmp_path_factory.mktemp("swept")
     for devices in (1, 2):
         status, printed = run(
-            "-m", "sae=jumprelu,topk", *SMALL, f"data.path={rows}", "recipe.n_steps=30", "recipe.dead_after_tokens=1",
+            "-m", "sae=jumprelu,topk", *(o.replace("d_sae=64", "d_sae=512") for o in SMALL), f"data.path={rows}",
+            "recipe.n_steps=30", "recipe.dead_after_tokens=300",  # so wide that some latents are silent: AuxK has work
             f"trainer.devices={devices}", f"sweep=d{devices}", f"output_dir={root}")
         assert status == 0, printed
         assert (root / "runs" / f"d{devices}" / "frontier.png").exists()
