@@ -115,7 +115,7 @@ class _Planner:
         batch = cfg.recipe.batch_size // (devices * cfg.trainer.num_nodes)
         cost = self._once(lambda: sae_cost(lambda: build_sae(cfg, d_in=d_in, input_scale=1.0), batch),
                           "sae", cfg.sae, cfg.recipe, cfg.d_sae, d_in, batch)
-        entries = cfg.d_sae if cfg.l0_target is None else cfg.l0_target
+        entries = cfg.l0_target or cfg.d_sae
         return Job(
             name=f"{cfg.sae.name} at L0 {cfg.l0_target}, seed {cfg.seed}", harvest=harvest, lm=lm, sae=cost,
             entries=entries, dense=entries >= sae.sparse_below_density * cfg.d_sae,

@@ -15,27 +15,20 @@ from __future__ import annotations
 import math
 
 # Errors beyond a factor of 1.6 count as that: early L0 can be off by orders of magnitude, and follows slowly.
-_LARGEST_ERROR = 0.5
+LARGEST_ERROR = 0.5
 # Errors of L0, as a logarithm, that the coefficient corrects alone.
 _LEFT_TO_COEFFICIENT = 0.1
+# The largest error that the coefficient of thresholds which are shifted sees. More winds it up while the encoder starts, when
+# L0 multiplies in a few steps; it then presses L0 below the target (FVU on validation rows, built-in residual.3, d_sae
+# 1,024, 1,000 x 512, L0 80: with a half 0.0858, with a fifth 0.0837).
+LARGEST_BESIDE_SHIFTS = 0.2
 
-# Errors beyond this one wind the coefficient of shifted thresholds up (FVU on validation rows, built-in residual.3, d_sae
-# 1,024, 1,000 x 512, L0 80: uncut 0.0858, cut at a fifth 0.0837).
-_LARGEST_FOR_COEFFICIENT = 0.2
 
-
-def l0_error(l0: float, target: float) -> float:
-    """log(l0 / target), cut at plus and minus a half; a silent SAE (l0 = 0) has the largest negative error."""
+def l0_error(l0: float, target: float, *, largest: float = LARGEST_ERROR) -> float:
+    """Cut log(l0 / target) at plus and minus ``largest``; a silent SAE (l0 = 0) has the largest negative error."""
     if l0 <= 0:
-        return -_LARGEST_ERROR
-    return max(-_LARGEST_ERROR, min(_LARGEST_ERROR, math.log(l0 / target)))
-
-
-def seen_by_coefficient(error: float) -> float:
-    """The part of an :func:`l0_error` that the coefficient of thresholds which are shifted sees: up to a fifth. More winds it
-    up while the encoder starts, when L0 multiplies in a few steps: it then presses L0 below the target, and kills latents.
-    """
-    return max(-_LARGEST_FOR_COEFFICIENT, min(_LARGEST_FOR_COEFFICIENT, error))
+        return -largest
+    return max(-largest, min(largest, math.log(l0 / target)))
 
 
 def threshold_shift(error: float, *, share: float, always: bool) -> float:

@@ -235,7 +235,7 @@ def test_search_finds_numbers_tokens_and_text(page, content):
     def shown(i):
         return ["".join(tokens[t] for t in c[2]).lower() for c in part["details"].get(i, {"contexts": []})["contexts"]]
 
-    word = next(t.strip().lower() for t in tokens if t.strip().isalpha() and len(t) > 4
+    word = next(t.strip().lower() for t in tokens if t.strip().isalpha() and len(t) > 6
                 and any(t.strip().lower() in text for i in range(512) for text in shown(i)))
     expected = {
         "contexts": {i for i in range(512) if any(word in text for text in shown(i))},

@@ -228,8 +228,7 @@ def test_start_is_near_its_l0(sae):
     fresh = build_sae(config(sae.variant), d_in=D_IN, input_scale=float(sae.input_scale))
     fresh.initialise(activations())
     l0 = (fresh.encode(activations()) > 0).sum().item() / BATCH
-    expected = TARGET
-    assert l0 == pytest.approx(expected, rel=0.3)
+    assert l0 == pytest.approx(TARGET, rel=0.3)
 
 
 def test_directions_start_near_rows_and_no_two_alike(sae):

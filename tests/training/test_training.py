@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from sae_zoo.config import CONFIG_DIR, build_recipe
-from sae_zoo.training.control import l0_error, next_log_coefficient, seen_by_coefficient
+from sae_zoo.training.control import l0_error, next_log_coefficient
 from sae_zoo.training.schedules import decays, lr_factor, warmup_factor
 
 
@@ -28,7 +28,8 @@ def test_other_schedules():
 def test_error_is_symmetric_and_cut():
     assert l0_error(44, 40) == pytest.approx(math.log(1.1)) == pytest.approx(-l0_error(40, 44))
     assert l0_error(0, 40) == -0.5 and l0_error(4000, 40) == 0.5
-    assert [seen_by_coefficient(e) for e in (-0.5, -0.2, 0.02, 0.21)] == [-0.2, -0.2, 0.02, 0.2]
+    cut = [l0_error(40 * math.exp(e), 40, largest=0.2) for e in (-0.5, -0.2, 0.02, 0.21)]
+    assert cut == pytest.approx([-0.2, -0.2, 0.02, 0.2]) and l0_error(0, 40, largest=0.2) == -0.2
 
 
 @pytest.mark.parametrize("start", [1e-6, 1.0])
