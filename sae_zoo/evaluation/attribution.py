@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from sae_zoo.functional.sparse_code import SparseCode
-from sae_zoo.lm.hooks import HookPoint, lm_forward, splice
+from sae_zoo.lm.hooks import HookPoint, splice
+from sae_zoo.lm.resume import FromLayer
 
 
-def gradients(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor, *, n_positions: int, batch_size: int,
+def gradients(forward: FromLayer, hook: HookPoint, tokens: Tensor, keep: Tensor, *, n_positions: int, batch_size: int,
               seed: int, progress_bar: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations [n, d_in] at random positions, and the gradients [n, d_in] there of L, the logit of the right next
     token less the mean of the logits. Each gradient is of L at its own position alone, in the unchanged model.
 
     Args:
+        forward: passes of the language model.
         tokens: [n_rows, context] int.
         keep: [n_rows, context] bool, False at special tokens; only a token that is not special itself and whose
             successor is not is taken.
@@ -38,8 +40,8 @@ def gradients(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor, *
 
         chosen = torch.multinomial(allowed.float(), n_positions, replacement=True, generator=generator)
         row = torch.arange(len(rows))
-        with torch.enable_grad(), splice(model, hook, leaf):
-            logits = lm_forward(model, rows).logits
+        with torch.enable_grad(), splice(forward.model, hook, leaf):
+            logits = forward(rows).logits
             for i, position in enumerate(chosen.T):
                 at = logits[row, position].float()
                 target = rows[row, position + 1].long().to(at.device)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from sae_zoo.lm.hooks import HookPoint, lm_forward, splice
+from sae_zoo.lm.hooks import HookPoint, splice
+from sae_zoo.lm.resume import FromLayer
 
 # Entries of float32 logits (positions x vocabulary) at once: 64 MB, of which _sum_losses holds about four.
 _LOGITS_AT_ONCE = 2**24
@@ -89,14 +90,14 @@ def _batches(tokens: Tensor, keep: Tensor, batch_size: int) -> tuple[list[tuple[
     return list(zip(tokens[has_target].split(batch_size), keep[has_target].split(batch_size), strict=True)), n_targets
 
 
-def _spliced_logits(model: nn.Module, hook: HookPoint, rows: Tensor, keep: Tensor,
+def _spliced_logits(forward: FromLayer, hook: HookPoint, rows: Tensor, keep: Tensor,
                     substitute: Callable[[Tensor], Tensor]) -> Tensor:
-    with splice(model, hook, _at_kept(keep, substitute)):
-        return lm_forward(model, rows).logits
+    with splice(forward.model, hook, _at_kept(keep, substitute)):
+        return forward(rows).logits
 
 
 @torch.no_grad()
-def ablated_cross_entropy(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor, *, batch_size: int,
+def ablated_cross_entropy(forward: FromLayer, hook: HookPoint, tokens: Tensor, keep: Tensor, *, batch_size: int,
                           progress_bar: bool = False) -> float:
     """Cross-entropy in nats a token with zero in place of the activation: one forward pass of every row; arguments and
     errors as for :func:`lm_metrics`.
@@ -105,13 +106,13 @@ def ablated_cross_entropy(model: nn.Module, hook: HookPoint, tokens: Tensor, kee
     total = 0.0
     for rows, kept in tqdm(batches, desc=f"LM loss without {hook.name}", unit="batch", leave=False,
                            disable=not progress_bar):
-        (ce,), _ = _sum_losses(rows, kept, _spliced_logits(model, hook, rows, kept, torch.zeros_like))
+        (ce,), _ = _sum_losses(rows, kept, _spliced_logits(forward, hook, rows, kept, torch.zeros_like))
         total += ce
     return total / n_targets
 
 
 @torch.no_grad()
-def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
+def lm_metrics(forward: FromLayer, hook: HookPoint, tokens: Tensor, keep: Tensor,
                reconstruct: Callable[[Tensor], Tensor], *, ce_ablated: float, batch_size: int,
                progress_bar: bool = False) -> LMLoss:
     """Delta LM loss, loss recovered and KL of a reconstruction, from two forward passes of every row.
@@ -123,7 +124,7 @@ def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
     model, memory holds two batches of logits in the model's dtype and some 250 MB.
 
     Args:
-        model: a Hugging Face causal language model in eval mode.
+        forward: passes of a Hugging Face causal language model in eval mode, from the layer of ``hook`` on where they can.
         tokens: [n_rows, context] int.
         keep: [n_rows, context] bool, of :func:`sae_zoo.lm.rows.data_points`; on the same device as ``tokens``.
         reconstruct: raw activations x [n, d] float32 -> x_hat [n, d], on the device of the hooked layer.
@@ -136,8 +137,8 @@ def lm_metrics(model: nn.Module, hook: HookPoint, tokens: Tensor, keep: Tensor,
     batches, n_targets = _batches(tokens, keep, batch_size)
     ce, kl = torch.zeros(2, dtype=torch.float64), 0.0
     for rows, kept in tqdm(batches, desc=f"LM loss, {hook.name}", unit="batch", leave=False, disable=not progress_bar):
-        batch_ce, batch_kl = _sum_losses(rows, kept, lm_forward(model, rows).logits,
-                                         _spliced_logits(model, hook, rows, kept, reconstruct))
+        batch_ce, batch_kl = _sum_losses(rows, kept, forward(rows).logits,
+                                         _spliced_logits(forward, hook, rows, kept, reconstruct))
         ce += torch.tensor(batch_ce, dtype=torch.float64)
         kl += batch_kl
     ce_clean, ce_spliced = (ce / n_targets).tolist()

@@ -20,6 +20,7 @@ from sae_zoo.functional.norms import is_within
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.lm.hooks import HookPoint
 from sae_zoo.lm.load import LoadedLM
+from sae_zoo.lm.resume import FromLayer, Streams
 from sae_zoo.lm.rows import data_points
 
 _ROWS_AT_ONCE = 4096
@@ -134,6 +135,11 @@ def _once(what: str, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids:
     return _of_lm[what][1]
 
 
+def _passes(lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int], batch_size: int) -> FromLayer:
+    """Of ``lm``; what its layers below ``hook`` make of ``tokens`` is shared by all runs at a place."""
+    return FromLayer(lm.model, hook, _once("streams", lm, hook, tokens, special_ids, batch_size, Streams))
+
+
 def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: HookPoint, tokens: Tensor,
                 special_ids: Iterable[int], *, n_tokens: int, batch_size: int, progress_bar: bool) -> dict[str, Any]:
     """LM metrics with reconstructions spliced in, over the first ``n_tokens`` (about: whole rows) of packed ``tokens``.
@@ -143,7 +149,7 @@ def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: Hoo
         special_ids: token ids that are neither data points nor targets.
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
-    where = (lm.model, hook, tokens, data_points(tokens, special_ids))
+    where = (_passes(lm, hook, tokens, special_ids, batch_size), hook, tokens, data_points(tokens, special_ids))
     how = {"batch_size": batch_size, "progress_bar": progress_bar}
     ce_ablated = _once("ce_ablated", lm, hook, tokens, special_ids, batch_size,
                        lambda: ablated_cross_entropy(*where, **how))
@@ -159,7 +165,7 @@ def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tok
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
     pairs = _once("gradients", lm, hook, tokens, special_ids, batch_size, lambda: list(gradients(
-        lm.model, hook, tokens, data_points(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
+        _passes(lm, hook, tokens, special_ids, batch_size), hook, tokens, data_points(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
         batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)))
     device = sae.W_dec.device
     inside = [(x[kept], gradient[kept]) for x, gradient in pairs if (kept := is_within(x, norm_bound)).any()]

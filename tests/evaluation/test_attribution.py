@@ -6,6 +6,7 @@ from tests.evaluation.test_lm_loss import KEEP, MODEL, TOKENS
 from sae_zoo.evaluation.attribution import gradients, uniformity
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.lm.hooks import capture, lm_forward, resolve_hook, splice
+from sae_zoo.lm.resume import FromLayer
 
 HOOK = resolve_hook(MODEL, "auto", 1, "residual")
 
@@ -19,7 +20,7 @@ def centred_logit(row, position, x):
 
 def test_gradients_are_those_of_finite_differences_at_usable_positions():
     activations = capture(MODEL, [HOOK], TOKENS)[HOOK.name]
-    found = list(gradients(MODEL, HOOK, TOKENS, KEEP, n_positions=2, batch_size=2, seed=0))
+    found = list(gradients(FromLayer(MODEL, HOOK), HOOK, TOKENS, KEEP, n_positions=2, batch_size=2, seed=0))
     assert [len(x) for x, _ in found] == [2, 2, 2, 2, 1, 1]
     for x, gradient in found:
         for x_here, slope in zip(x, gradient, strict=True):
@@ -36,7 +37,7 @@ def test_gradients_are_those_of_finite_differences_at_usable_positions():
 
 def test_positions_are_drawn_anew_with_the_seed_alone():
     def drawn(seed, batch_size):
-        pairs = gradients(MODEL, HOOK, TOKENS, KEEP, n_positions=1, batch_size=batch_size, seed=seed)
+        pairs = gradients(FromLayer(MODEL, HOOK), HOOK, TOKENS, KEEP, n_positions=1, batch_size=batch_size, seed=seed)
         return torch.cat([x for x, _ in pairs])
 
     torch.testing.assert_close(drawn(0, 2), drawn(0, 2))

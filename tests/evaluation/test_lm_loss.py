@@ -8,6 +8,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 from sae_zoo.evaluation import lm_loss
 from sae_zoo.evaluation.lm_loss import ablated_cross_entropy, lm_metrics
 from sae_zoo.lm.hooks import capture, resolve_hook
+from sae_zoo.lm.resume import FromLayer
 
 N_LAYERS, HEADS, KV_HEADS, HEAD_DIM, WINDOW, VOCAB, CONTEXT = 3, 4, 2, 8, 4, 40, 9
 SPECIAL = 3  # token ids below are special
@@ -41,7 +42,8 @@ def poor(x):
 
 
 def metrics(site="residual", layer=1, reconstruct=poor, *, model=MODEL, tokens=TOKENS, keep=KEEP, batch_size=2):
-    where = (model, resolve_hook(model, "auto", layer, site), tokens, keep)
+    hook = resolve_hook(model, "auto", layer, site)
+    where = (FromLayer(model, hook), hook, tokens, keep)
     return lm_metrics(*where, reconstruct, ce_ablated=ablated_cross_entropy(*where, batch_size=batch_size),
                       batch_size=batch_size)
 
