@@ -122,8 +122,9 @@ class _Planner:
             starts_dense=sae.start_density is None or sae.start_density >= sae.sparse_below_density,
             controlled=sae.controlled, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
             n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
-            n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), n_lm_tokens=cfg.evaluation.n_lm_tokens, devices=devices,
-            online=online)
+            n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), devices=devices, online=online,
+            # Of a row that the language model reads, the first token is no activation.
+            n_lm_tokens=min(cfg.evaluation.n_lm_tokens, n_rows["test"] * cfg.lm.context_size // max(1, cfg.lm.context_size - 1)))
 
     def rates(self, cfg: DictConfig, job: Job) -> Rates:
         """This machine's, for the SAE and the language model of ``job``."""

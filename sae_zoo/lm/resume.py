@@ -21,7 +21,7 @@ from sae_zoo.lm.hooks import HookPoint, lm_forward
 
 log = logging.getLogger(__name__)
 
-_MOST_BYTES = 1 << 29
+MOST_BYTES = 1 << 29  # of streams that are kept
 
 
 def layers_below(model: nn.Module, hook: HookPoint) -> list[nn.Module]:
@@ -45,7 +45,7 @@ class Streams:
         trusted: whether a pass that begins there gives what a whole one gives; None before that was tried.
     """
 
-    room: int = _MOST_BYTES
+    room: int = MOST_BYTES
     kept: dict[bytes, Tensor] = field(default_factory=dict)
     as_tuple: bool = False
     trusted: bool | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from sae_zoo.data.cache import DTYPES
 from sae_zoo.data.cache_writer import estimated_bytes
 from sae_zoo.data.online import PASSES_AHEAD, SAMPLE_ROWS
+from sae_zoo.lm.resume import MOST_BYTES
 from sae_zoo.planning.lm import LMCost
 from sae_zoo.planning.machine import Machine, Rates
 from sae_zoo.planning.meter import Cost
@@ -228,19 +229,23 @@ class Job:
         return self.lm.weight_bytes if self.lm is not None else 0
 
     def _evaluation(self, machine: Machine, rates: Rates) -> Phase:
-        """Encoding ``n_rows`` rows and the rows of the language model's tokens, two forward passes of it; and what it alone
-        decides, unless a job before has measured that: one without the activation, and r_L0's with its gradients. Memory: the model and the parameters, and the passes' peak with gradients.
+        """Encoding ``n_rows`` rows and the rows of the language model's tokens, two forward passes of it; and what it
+        alone decides, unless a job before has measured that: one without the activation, and r_L0's with its gradients.
+        Of rows that were read before, the layers below the hook point are kept. Memory: the model and the parameters,
+        what is kept, and the passes' peak with gradients.
         """
         seconds, flops = self._encoding(rates, self.n_rows + (self.n_lm_tokens if self.lm is not None else 0))
-        peak = 0
+        peak, kept = 0, 0
         if self.lm is not None and self.harvest is not None:
-            lm, rows = self.lm, max(1, self.n_lm_tokens // self.harvest.context_size)
+            lm, batches = self.lm, max(1, self.n_lm_tokens // self.harvest.context_size) / self.harvest.batch_size
+            kept = min(batches * lm.stream_bytes, MOST_BYTES)
+            below = lm.below * (kept / (batches * lm.stream_bytes) if kept else 0.0)  # of a pass, on average
             gradient = lm.attribution.flops - lm.forward.flops
-            of_lm = rows / self.harvest.batch_size * (_FORWARD_PASSES * lm.forward.flops + (
-                0 if self.place_measured else 2 * lm.forward.flops + _ATTRIBUTED_POSITIONS * gradient))
+            of_lm = batches * (_FORWARD_PASSES * (lm.forward.flops - below) + (
+                0 if self.place_measured else 2 * lm.forward.flops - below + _ATTRIBUTED_POSITIONS * gradient))
             seconds, flops = seconds + of_lm * rates.lm_flop, flops + of_lm
-            peak = _on_heap(machine, lm.attribution.peak_bytes * min(1.0, rows / self.harvest.batch_size))
-        memory = self._memory(machine, host=0, device=self._lm_bytes() + self.sae.parameter_bytes + peak)
+            peak = _on_heap(machine, lm.attribution.peak_bytes * min(1.0, batches))
+        memory = self._memory(machine, host=0, device=self._lm_bytes() + self.sae.parameter_bytes + kept + peak)
         return Phase("evaluation", seconds, flops, *memory)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sae_zoo.lm.hooks import HookPoint, capture, lm_forward, splice
+from sae_zoo.lm.resume import layers_below
 from sae_zoo.lm.skeleton import n_bytes
 from sae_zoo.planning.meter import Cost, Meter
 
@@ -22,6 +24,8 @@ class LMCost:
         weight_bytes: memory of the model.
         d_in: width at the hook point.
         to_hook: a forward pass that stops at the hook point, as the harvest runs it.
+        below: FLOPs of it in the layers below that of the hook point, which a row that is read again does not take.
+        stream_bytes: of what is kept of a batch for that.
         forward: a whole one; its peak is with gradients from the hook point on.
         attribution: a whole one and the gradient of one position's logits at the hook point.
     """
@@ -29,6 +33,8 @@ class LMCost:
     weight_bytes: int
     d_in: int
     to_hook: Cost
+    below: int
+    stream_bytes: int
     forward: Cost
     attribution: Cost
 
@@ -39,8 +45,16 @@ def lm_cost(model: PreTrainedModel, hook: HookPoint, *, batch_size: int, context
     One pass is metered: until the hook point nothing is kept for a gradient, so what was seen when it is reached is
     what a harvest costs.
     """
-    tokens, seen, leaves = torch.zeros(batch_size, context_size, dtype=torch.int32), {}, []
-    with Meter() as meter:
+    tokens, seen, leaves = torch.zeros(batch_size, context_size, dtype=torch.int32), {"below": 0, "stream_bytes": 0}, []
+    below = layers_below(model, hook)
+    with Meter() as meter, ExitStack() as stack:
+
+        def layer_begins(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            stream = output[0] if isinstance(output, tuple) else output
+            seen.update(below=meter.so_far().flops, stream_bytes=stream.nbytes)
+
+        if below:
+            stack.callback(below[-1].register_forward_hook(layer_begins).remove)
 
         def leaf(x: Tensor) -> Tensor:
             seen["to_hook"] = meter.so_far()

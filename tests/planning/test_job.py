@@ -18,7 +18,7 @@ MACHINE = Machine(host_bytes=64 * GB, device_bytes=None, free_disk_bytes=100 * G
 RATES = Rates(encode=1e-9, entry=1e-7, parameter=1e-9, selected=1.0, lm_flop=1e-11, write=2e-9, read=1e-9, digest=1e-9)
 HARVEST = Harvest(widths=(512,), n_tokens={"train": 100_000, "validation": 10_000, "test": 10_000}, dtype="float32",
                   rows_per_shard=65536, context_size=128, batch_size=8, cost=Cost(10**11, 10**8), weight_bytes=GB)
-LM = LMCost(GB, 512, HARVEST.cost, Cost(2 * 10**11, 10**9), Cost(5 * 10**11, 10**9))
+LM = LMCost(GB, 512, HARVEST.cost, 9 * 10**10, 2**20, Cost(2 * 10**11, 10**9), Cost(5 * 10**11, 10**9))
 SAE = SAECost(batch=1024, d_in=512, d_sae=4096, auxk=True, n_parameters=4_200_000, parameter_bytes=16_800_000,
               state_bytes=16_800_000, products=5, dense=Cost(10**11, 10**8))
 JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, starts_dense=False, controlled=False,
@@ -64,6 +64,19 @@ def test_a_training_step_by_hand():
     assert JOB.step_seconds(RATES) == pytest.approx(expected)
     slow_disk = replace(RATES, read=1e-6)
     assert JOB.step_seconds(slow_disk) == pytest.approx(1024 * 512 * 4 * 1e-6)
+
+
+def test_passes_of_an_evaluation_by_hand():
+    """Four batches of eight rows: without the activation, clean, spliced and with two gradients, the last three from the
+    hook point's layer on; of a later job clean and spliced alone."""
+    of_sae = 2 * (10_000 + 4096) * 512 * 4096
+    whole, from_layer, gradient = 2 * 10**11, 11 * 10**10, 3 * 10**11
+    first, later = (phases(replace(JOB, place_measured=done))["evaluation"] for done in (False, True))
+    assert first.flops == pytest.approx(of_sae + 4 * (whole + 3 * from_layer + 2 * gradient))
+    assert later.flops == pytest.approx(of_sae + 4 * 2 * from_layer)
+    no_room = replace(JOB, n_lm_tokens=4096 * 1024, lm=replace(LM, stream_bytes=2**20), place_measured=True)
+    assert phases(no_room)["evaluation"].flops == pytest.approx(
+        2 * (10_000 + 4096 * 1024) * 512 * 4096 + 4096 * 2 * (whole - 9 * 10**10 * 512 / 4096))
 
 
 def test_training_rows_on_the_fly_by_hand():

@@ -70,6 +70,7 @@ def test_flops_of_a_model_by_hand():
     cost = lm_cost(model, resolve_hook(model, "auto", 1, "residual"), batch_size=batch, context_size=context)
     rope = 0.01  # the angles are a small product too
     assert cost.to_hook.flops == pytest.approx(2 * layer, rel=rope)
+    assert cost.below == pytest.approx(layer, rel=2 * rope) and cost.stream_bytes == tokens * 32 * 4
     assert cost.forward.flops == pytest.approx(4 * layer + head, rel=rope)
     # Backward from the head through two layers: as much as forward for each weight, twice for attention's products.
     backward = 2 * layer + 2 * 2 * 2 * tokens * context * 32 + head
