@@ -27,6 +27,7 @@ from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, buil
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
 from sae_zoo.data.module import VALIDATION_ROWS
+from sae_zoo.data.norms import describe
 from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
 from sae_zoo.lm.skeleton import n_bytes
@@ -155,20 +156,27 @@ class _Planner:
         one = replace(harvest, widths=harvest.widths[:1])  # of what is harvested together the first is the job's own
         return one.bytes_on_disk(at_peak=False), max(0, copies.max_bytes - now)
 
-    def is_here(self, cfg: DictConfig) -> bool:
-        """Whether the caches of ``cfg`` are on the disk, as their manifests say; weights have no fingerprint here."""
+    def found(self, cfg: DictConfig) -> list[str] | None:
+        """Of the caches of ``cfg``, if all are on the disk, as their manifests say, what there is to say of their long
+        rows, a line each; weights have no fingerprint here.
+        """
         if build_remote(cfg) is not None:
-            return True
+            return []
         caches = Path(cfg.output_dir) / "cache"
         wanted = {"corpus": build_corpus(cfg.corpus).fingerprint(), "lm_dtype": str(self.model(cfg).dtype),
                   **build_harvest_spec(harvested(cfg)).identity}
-
-        def found(hook: HookPoint) -> bool:
+        lines = []
+        for hook in self.hooks(cfg):
             names = make_cache_id(lm=cfg.lm.name, hook=hook.name, identity={}).rpartition("-")[0] + f"-*/{MANIFEST}"
-            identities = (json.loads(file.read_text())["identity"] for file in caches.glob(names))
-            return any(identity.items() >= {"hook": asdict(hook), **wanted}.items() for identity in identities)
-
-        return all(map(found, self.hooks(cfg)))
+            manifests = (json.loads(file.read_text()) for file in caches.glob(names))
+            its_own = next((manifest for manifest in manifests
+                            if manifest["identity"].items() >= {"hook": asdict(hook), **wanted}.items()), None)
+            if its_own is None:
+                return None
+            # Format 1 says nothing of norms.
+            if "norms" in its_own and (line := describe(its_own["norms"], its_own["splits"]["train"]["n_rows"])):
+                lines.append(f"{hook.name}: {line}")
+        return lines
 
 
 class _Command:
@@ -178,7 +186,7 @@ class _Command:
         self.configs: list[DictConfig] = []
         self.planned: list[Planned] = []
         self.harvest_of: list[str | None] = []
-        self.here: set[str] = set()
+        self.here: dict[str, list[str]] = {}  # of caches that are there, what there is to say of them
         self.copies: dict[str, tuple[int, int]] = {}  # by what the caches are known by in harvest_of
         self._streams: list[str | None] = []
         self._place: str | None = None  # of the job before
@@ -193,8 +201,8 @@ class _Command:
             hooks = sorted(hook.name for hook in self._planner.hooks(cfg))
             parts = (OmegaConf.to_container(part, resolve=True) for part in (cfg.lm, cfg.corpus, cfg.data))
             key = digest([*parts, *hooks])
-            if key not in self.harvest_of and self._planner.is_here(cfg):
-                self.here.add(key)
+            if key not in self.harvest_of and (lines := self._planner.found(cfg)) is not None:
+                self.here[key] = lines
             if copied := self._planner.copy_bytes(cfg, job.harvest):
                 self.copies[key] = copied
         launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
@@ -218,7 +226,7 @@ class _Command:
                         for planned, stream, own in zip(self.planned, self._streams, kept, strict=True))
         copies = min(sum(whole for whole, _ in self.copies.values()), max((most for _, most in self.copies.values()),
                                                                           default=0))
-        return Plan(self._planner.machine, planned, tuple(self.harvest_of), frozenset(self.here), copies)
+        return Plan(self._planner.machine, planned, tuple(self.harvest_of), self.here, copies)
 
     def remedies(self, plan: Plan) -> list[str]:
         """Of each of the plan's shortages, what would fit: an override, or that none would."""

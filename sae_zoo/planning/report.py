@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -74,14 +74,14 @@ class Plan:
 
     Attributes:
         harvest_of: of each job what decides its caches, so that jobs with the same share them; None without any.
-        here: of these, whose caches are on the disk already, or elsewhere.
+        here: of these, whose caches are on the disk already, or elsewhere, with lines about their rows.
         copy_bytes: disk that copies of caches which lie elsewhere will take.
     """
 
     machine: Machine
     jobs: Sequence[Planned]
     harvest_of: Sequence[str | None]
-    here: frozenset[str]
+    here: Mapping[str, Sequence[str]]
     copy_bytes: int
 
     @property
@@ -144,6 +144,7 @@ def text(plan: Plan) -> str:
         n_tokens, widths = sum(harvest.n_tokens.values()), " + ".join(map(str, harvest.widths))
         lines.append(f"activations  {n_tokens:,} tokens x {widths} x {harvest.dtype} = {size(harvest.activation_bytes)}"
                      f"{', on the disk already' if key in plan.here else ''}")
+        lines += [f"{'':13}{line}" for line in plan.here.get(key, ())]
     lines.append(f"disk         {size(plan.disk_bytes)} are needed, {size(machine.free_disk_bytes)} are free")
     lines.append(f"memory       {size(machine.host_bytes)}" + (
         "" if machine.device_bytes is None else f", {size(machine.device_bytes)} on the device"))

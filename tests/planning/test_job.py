@@ -116,7 +116,7 @@ def test_on_a_gpu_the_model_is_there_when_it_works_and_the_sae_when_it_trains():
 
 def test_jobs_of_a_sweep_share_their_caches_and_one_checkpoint_s_space():
     def plan(*keys, here=()):
-        return Plan(MACHINE, [Planned(JOB, RATES)] * len(keys), keys, frozenset(here), 0)
+        return Plan(MACHINE, [Planned(JOB, RATES)] * len(keys), keys, {key: ("a line about its rows",) for key in here}, 0)
 
     alone, twice, other, done = plan("a"), plan("a", "a"), plan("a", "b"), plan("a", "a", here="a")
     assert twice.phases()["harvest"] == alone.phases()["harvest"]
@@ -127,7 +127,8 @@ def test_jobs_of_a_sweep_share_their_caches_and_one_checkpoint_s_space():
     cache = HARVEST.bytes_on_disk(at_peak=True)
     assert twice.disk_bytes - alone.disk_bytes == SAE.parameter_bytes
     assert other.disk_bytes - twice.disk_bytes == cache == twice.disk_bytes - done.disk_bytes
-    assert "on the disk already" in text(done) and "on the disk already" not in text(twice)
+    assert "on the disk already\n             a line about its rows\n" in text(done)
+    assert "on the disk already" not in text(twice)
 
 
 @pytest.mark.parametrize(("machine", "phase", "words"), [
@@ -136,7 +137,7 @@ def test_jobs_of_a_sweep_share_their_caches_and_one_checkpoint_s_space():
     ({"device_bytes": 2 * GB}, "evaluation", "of device memory, there are 1.86 GiB"),
 ])
 def test_what_does_not_fit_is_found(machine, phase, words):
-    plan = Plan(MACHINE, [Planned(JOB, RATES)], ["a"], frozenset(), 0)
+    plan = Plan(MACHINE, [Planned(JOB, RATES)], ["a"], {}, 0)
     assert plan.shortages() == []
     shortages = replace(plan, machine=replace(MACHINE, **machine)).shortages()
     assert words in {shortage.phase: shortage.text for shortage in shortages}[phase]
