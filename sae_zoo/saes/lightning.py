@@ -34,7 +34,7 @@ _CALIBRATION_ROWS = 4096
 # A latent's mean excess is one over about so many of the last tokens on which it was active.
 _EXCESS_TOKENS = 20.0
 # See LightningSAE.dead_after_tokens.
-_DEAD_AFTER_TOKENS, _DEAD_AFTER_GAPS = 10_000, 200
+_DEAD_AFTER_TOKENS, _DEAD_AFTER_GAPS = 2500, 50
 # What a random direction weighs beside that of a row of data in a latent's start. It tells apart latents that start at the same
 # row, and leaves fewer silent than rows alone, at the same FVU: of TopK's at L0 20, mlp.15 of SmolLM2 0.5 instead of 2.8 %,
 # attention.15 6 instead of 10 %, attention.2 14 instead of 15 % (analysis/LOG.md).
@@ -253,8 +253,8 @@ class LightningSAE(pl.LightningModule):
 
     @property
     def dead_after_tokens(self) -> float:
-        """Tokens of silence after which a latent counts as dead: the recipe's, or, where that is null, 200 times as many as a
-        latent of mean frequency is silent for, but at least 10,000, and beyond that at most a tenth of the run.
+        """Tokens of silence after which a latent counts as dead: the recipe's, or, where that is null, 50 times as many as a
+        latent of mean frequency is silent for, but at least 2,500, and beyond that at most a tenth of the run.
         """
         recipe = self.recipe
         if recipe.dead_after_tokens is not None:
