@@ -76,7 +76,9 @@ class Norms:
 
     @property
     def median(self) -> float:
-        return self.quantile(0.5)
+        """Of the rows that are not 0, if there are any: where more than half are, nothing is long beside the median."""
+        longer = {i: (n, total) for i, (n, total) in self.bins.items() if total > 0}
+        return Norms(longer or self.bins).quantile(0.5)
 
     def bound(self, multiple: float | None) -> float:
         """The edge of a bin at about ``multiple`` times the median; infinite for None.
@@ -165,5 +167,5 @@ def describe(norms: Mapping[str, Any], n_rows: int, tokenizer: Any = None) -> st
     named = f"token {token}" if tokenizer is None else repr(tokenizer.decode([token]))
     return (f"{long['rows']:,} of {n_rows:,} rows ({long['rows'] / n_rows:.2%}) have more than "
             f"{long['multiple_of_median']:g} times the median norm, up to "
-            f"{norms['quantiles']['1'] / norms['quantiles']['0.5']:.0f} times, and {long['square_share']:.0%} of the sum of "
+            f"{norms['quantiles']['1'] / Norms.from_json(norms['histogram']).median:.0f} times, and {long['square_share']:.0%} of the sum of "
             f"||x||^2; most frequent: {named}, position {position} ({at_it} rows)")

@@ -49,6 +49,16 @@ def test_rows_of_norm_zero_and_no_rows():
         Norms().quantile(0.5)
 
 
+def test_the_median_is_of_rows_that_are_not_zero(tmp_path):
+    x = rows(400)
+    x[torch.arange(400) % 3 > 0] = 0
+    assert Norms.of(x).median == Norms.of(x[::3]).median
+    np.save(tmp_path / "acts.npy", x.numpy())
+    activations = FileActivations(tmp_path / "acts.npy")
+    activations.leave_out(4.0)
+    assert activations.mean_squared_norm == pytest.approx(float(squared_norms(x)[: activations.n_rows("train")].mean()), rel=0.1)
+
+
 @pytest.mark.parametrize("multiple", [1, 0, -3])
 def test_a_bound_that_makes_no_sense(multiple):
     with pytest.raises(ValueError, match=rf"data.max_norm is {multiple}; it is a multiple of the median"):
