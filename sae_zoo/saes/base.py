@@ -126,8 +126,7 @@ class SAE(LightningSAE, ABC):
         recipe: how to train; None for an SAE that is only used.
         l0_target: L0 on held-out tokens to train towards.
         sparsity_coefficient: a fixed coefficient of the sparsity term; turns L0 control off.
-        initial_coefficient: where L0 control starts. None is for L1 penalties, and twice the mean threshold where thresholds
-            start at data: (f - a)^2 + lambda f is least at f = max(0, a - lambda / 2).
+        initial_coefficient: where L0 control starts.
         auxk_coefficient: weight of the AuxK loss (:mod:`sae_zoo.functional.auxk`), in which the d_in / 2 largest latents
             of those that are ``dead`` reconstruct what the others leave.
         seed: of the initial weights.
@@ -144,7 +143,7 @@ class SAE(LightningSAE, ABC):
 
     def __init__(self, *, d_in: int, d_sae: int, input_scale: float = 1.0, subtract_b_dec: bool = True,
                  recipe: Recipe | None = None, l0_target: float | None = None,
-                 sparsity_coefficient: float | None = None, initial_coefficient: float | None = 1e-3,
+                 sparsity_coefficient: float | None = None, initial_coefficient: float = 1e-3,
                  auxk_coefficient: float = 0.0, seed: int = 0):
         super().__init__(d_sae=d_sae, recipe=recipe, l0_target=l0_target, sparsity_coefficient=sparsity_coefficient,
                          initial_coefficient=initial_coefficient)

@@ -31,8 +31,6 @@ _START_CHUNK_ELEMENTS = 1 << 22
 _LARGEST_SHIFT = 0.2
 _CALIBRATION_HALVINGS = 10
 _CALIBRATION_ROWS = 4096
-# Where L0 control starts, if neither a number nor thresholds that start at data say so.
-_COEFFICIENT_WITHOUT_DATA = 1e-2
 # A latent's mean excess is one over about so many of the last tokens on which it was active.
 _EXCESS_TOKENS = 20.0
 # See LightningSAE.dead_after_tokens.
@@ -74,14 +72,14 @@ class LightningSAE(pl.LightningModule):
     lr_l0_multiple: ClassVar[float | None] = None  # of recipe.lr_l0, above which rates fall; None where they do not
 
     def __init__(self, *, d_sae: int, recipe: Recipe | None, l0_target: float | None,
-                 sparsity_coefficient: float | None, initial_coefficient: float | None):
+                 sparsity_coefficient: float | None, initial_coefficient: float):
         super().__init__()
         if l0_target is not None and not 0 < l0_target <= d_sae:
             raise ValueError(f"l0_target is {l0_target}; it must be above 0 and at most d_sae = {d_sae}")
         if sparsity_coefficient is not None and not sparsity_coefficient >= 0:
             raise ValueError(f"sparsity_coefficient is {sparsity_coefficient}; it must not be negative")
-        if initial_coefficient is not None and not initial_coefficient > 0:
-            raise ValueError(f"initial_coefficient is {initial_coefficient}; it must be positive, or null")
+        if not initial_coefficient > 0:
+            raise ValueError(f"initial_coefficient is {initial_coefficient}; it must be positive")
         if recipe is not None and l0_target is None and sparsity_coefficient is None:
             raise ValueError("l0_target is null and sae.sparsity_coefficient too; give one, to say how sparse to be")
         if recipe is not None and self.has_coefficient and sparsity_coefficient is None and not recipe.l0_control:
@@ -91,9 +89,7 @@ class LightningSAE(pl.LightningModule):
         self.l0_target, self.sparsity_coefficient = l0_target, sparsity_coefficient
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
         self.register_buffer("density", torch.ones(()))  # share of entries in the last step's active set
-        self.initial_coefficient = initial_coefficient
-        start = _COEFFICIENT_WITHOUT_DATA if initial_coefficient is None else initial_coefficient
-        self.register_buffer("log_coefficient", torch.tensor(math.log(start), dtype=torch.float64))
+        self.register_buffer("log_coefficient", torch.tensor(math.log(initial_coefficient), dtype=torch.float64))
         self.register_buffer("control_error", torch.tensor(math.nan, dtype=torch.float64))
         # Of each latent: by how much a pre-activation exceeds what makes it active, on average where it does.
         self.register_buffer("mean_excess", torch.zeros(d_sae))
@@ -141,8 +137,6 @@ class LightningSAE(pl.LightningModule):
         scale = float((x_hat * centred).sum() / x_hat.square().sum())
         self.W_enc.mul_(scale)
         self.start_at(quantiles * scale)
-        if self.initial_coefficient is None:
-            self.log_coefficient.fill_(math.log(2 * scale * float(quantiles.mean())))
         self.mean_excess.copy_(excess * scale)
         self.density.fill_(self.start_density)  # where it is low, the first step need not be dense, with its memory
 

@@ -277,19 +277,6 @@ def test_calibration_meets_the_target_or_comes_as_near_as_a_fifth_allows(sae):
         assert found is None and all(torch.equal(value, before[name]) for name, value in sae.named_parameters())
 
 
-def test_l0_control_starts_where_an_l1_penalty_sets_thresholds_to_zero():
-    """(f - a)^2 + lambda f is least at f = 0 where a is at most lambda / 2."""
-    gated = build_sae(config("gated"), d_in=D_IN, input_scale=1.0)
-    assert gated.coefficient == pytest.approx(0.01)
-    gated.initialise(activations())
-    assert gated.coefficient == pytest.approx(-2 * float(gated.b_gate.mean()), rel=1e-5)
-    given = build_sae(config("gated", "sae.initial_coefficient=0.3"), d_in=D_IN, input_scale=1.0)
-    given.initialise(activations())
-    assert given.coefficient == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="initial_coefficient is 0; it must be positive, or null"):
-        build_sae(config("gated", "sae.initial_coefficient=0"), d_in=D_IN, input_scale=1.0)
-
-
 def test_raising_every_threshold_by_its_mean_excess_divides_l0_by_about_e(sae):
     """What the gain of L0 control is chosen by, whatever the variant; TopK has no threshold."""
     x = activations()
