@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
 # The most by which calibration moves thresholds, in mean excesses; how often it halves a share; rows encoded at a time.
-_LARGEST_SHIFT = 0.2
+_LARGEST_SHIFT = 0.5
 _CALIBRATION_HALVINGS = 10
 _CALIBRATION_ROWS = 4096
 # A latent's mean excess is one over about so many of the last tokens on which it was active.
@@ -165,7 +165,7 @@ class LightningSAE(pl.LightningModule):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> Calibration | None:
-        """Raise all thresholds by the same multiple of their mean excess, a fifth at most, so that L0 on held-out raw
+        """Raise all thresholds by the same multiple of their mean excess, half of it at most, so that L0 on held-out raw
         activations ``x`` [n, d_in] is the target. Training ends within a few percent of it; this takes the rest.
 
         Returns:
