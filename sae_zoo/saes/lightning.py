@@ -46,7 +46,7 @@ class Calibration:
     """What the end of L0 control did.
 
     Attributes:
-        shift: by how many of its own mean excesses every threshold was raised; 0 where more than a fifth was needed.
+        shift: by how many of its own mean excesses every threshold was raised; at most a half.
         l0_before, l0_after, fvu_before, fvu_after: on the rows that it looked at.
     """
 
