@@ -165,8 +165,8 @@ def score_attribution(sae: EncodesAndDecodes, lm: LoadedLM, hook: HookPoint, tok
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
     pairs = _once("gradients", lm, hook, tokens, special_ids, batch_size, lambda: list(gradients(
-        _passes(lm, hook, tokens, special_ids, batch_size), hook, tokens, data_points(tokens, special_ids), n_positions=_ATTRIBUTED_POSITIONS,
-        batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)))
+        _passes(lm, hook, tokens, special_ids, batch_size), hook, tokens, data_points(tokens, special_ids),
+        n_positions=_ATTRIBUTED_POSITIONS, batch_size=batch_size, seed=_ATTRIBUTION_SEED, progress_bar=progress_bar)))
     device = sae.W_dec.device
     inside = [(x[kept], gradient[kept]) for x, gradient in pairs if (kept := is_within(x, norm_bound)).any()]
     found = [uniformity(sae.encode_sparse(x.to(device)), sae.W_dec, gradient.to(device)) for x, gradient in inside]
