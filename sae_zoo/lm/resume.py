@@ -34,6 +34,11 @@ def layers_below(model: nn.Module, hook: HookPoint) -> list[nn.Module]:
     return []
 
 
+def stream_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The stream [batch, context, d_model] in what a layer returns: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 @dataclass
 class Streams:
     """What the layers below a hook point made of rows of tokens.
@@ -95,7 +100,7 @@ class FromLayer:
             if threading.get_ident() == thread:
                 self._streams.as_tuple = isinstance(output, tuple)
                 if not isinstance(output, tuple) or len(output) == 1:
-                    seen.append((output[0] if isinstance(output, tuple) else output).detach())
+                    seen.append(stream_of(output).detach())
 
         handle = self._below[-1].register_forward_hook(keep)
         try:

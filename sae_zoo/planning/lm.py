@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sae_zoo.lm.hooks import HookPoint, capture, lm_forward, splice
-from sae_zoo.lm.resume import layers_below
+from sae_zoo.lm.resume import layers_below, stream_of
 from sae_zoo.lm.skeleton import n_bytes
 from sae_zoo.planning.meter import Cost, Meter
 
@@ -50,8 +50,7 @@ def lm_cost(model: PreTrainedModel, hook: HookPoint, *, batch_size: int, context
     with Meter() as meter, ExitStack() as stack:
 
         def layer_begins(module: nn.Module, args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-            stream = output[0] if isinstance(output, tuple) else output
-            seen.update(below=meter.so_far().flops, stream_bytes=stream.nbytes)
+            seen.update(below=meter.so_far().flops, stream_bytes=stream_of(output).nbytes)
 
         if below:
             stack.callback(below[-1].register_forward_hook(layer_begins).remove)
