@@ -72,7 +72,8 @@ class Trainee:
     def __init__(self, variant: str, d_sae: int, l0: int, x: Tensor, *, beta1: float):
         config = compose_config("train", [
             f"sae={variant}", f"d_sae={d_sae}", f"l0_target={l0}", f"recipe.beta1={beta1}", "recipe.threshold_start=quantile",
-            "recipe.lr=1e-9", "recipe.decoder_lr=1e-9", "recipe.threshold_lr=1e-9", "recipe.bias_lr=1e-9"])
+            "recipe.lr=1e-9", "recipe.decoder_lr=1e-9", "recipe.free_decoder_lr=1e-9", "recipe.threshold_lr=1e-9",
+            "recipe.bias_lr=1e-9"])
         self.x, self.sae = x, build_sae(config, d_in=x.shape[1], input_scale=float(x.square().sum(1).mean().sqrt()))
         self.sae.to(x.device)
         self.sae.initialise(x)

@@ -208,7 +208,8 @@ class LightningSAE(pl.LightningModule):
     def configure_optimizers(self):
         recipe = self.recipe
         parameters = dict(self.named_parameters())
-        groups = [{"params": [parameters.pop("W_dec")], "lr": recipe.decoder_lr, "unit_rows": self.unit_norm_decoder}]
+        decoder_lr = recipe.decoder_lr if self.unit_norm_decoder else recipe.free_decoder_lr
+        groups = [{"params": [parameters.pop("W_dec")], "lr": decoder_lr, "unit_rows": self.unit_norm_decoder}]
         if thresholds := [parameters.pop(name) for name in list(parameters) if "threshold" in name]:
             groups.append({"params": thresholds, "lr": recipe.threshold_lr, "is_threshold": True})
         biases = [parameters.pop(name) for name in list(parameters) if name not in ("W_enc", "b_dec")]

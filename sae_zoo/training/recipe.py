@@ -15,7 +15,7 @@ class Recipe:
         n_steps: optimiser steps.
         batch_size: activations a step, over all devices.
         lr: peak learning rate of Adam: of W_enc and b_dec.
-        decoder_lr: peak learning rate of W_dec.
+        decoder_lr, free_decoder_lr: peak learning rate of W_dec, where its rows have norm 1 and where they are free.
         threshold_lr: peak learning rate of thresholds (JumpReLU).
         bias_lr: peak learning rate of whatever else is one number a latent: encoder biases, Gated's magnitudes.
         beta1, beta2, adam_eps: Adam's.
@@ -46,6 +46,7 @@ class Recipe:
     batch_size: int
     lr: float
     decoder_lr: float
+    free_decoder_lr: float
     threshold_lr: float
     bias_lr: float
     lr_l0: float | None
@@ -68,7 +69,7 @@ class Recipe:
     dead_after_tokens: int | None
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "threshold_lr", "bias_lr", "adam_eps"):
+        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "free_decoder_lr", "threshold_lr", "bias_lr", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
         for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction"):

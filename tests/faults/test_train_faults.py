@@ -179,7 +179,7 @@ def test_a_read_only_output_directory(run, small_disk, tmp_path):
 
 
 def test_a_loss_that_explodes(run, tmp_path):
-    rates = [f"recipe.{name}=1e30" for name in ("lr", "decoder_lr", "threshold_lr", "bias_lr")]
+    rates = [f"recipe.{name}=1e30" for name in ("lr", "decoder_lr", "free_decoder_lr", "threshold_lr", "bias_lr")]
     status, lines, _ = run(tmp_path, *rates, "recipe.lr_warmup_steps=0")
     assert status == 2 and len(lines) == 1 and "; lower recipe.lr (1e+30) or check the activations" in lines[0]
     (record,) = map(read_record, (tmp_path / "runs/s").iterdir())

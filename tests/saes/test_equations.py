@@ -10,8 +10,8 @@ from sae_zoo.training.recipe import Recipe
 
 def recipe(**changes):
     values = {
-        "n_steps": 100, "batch_size": 8, "lr": 1e-3, "decoder_lr": 1e-3, "threshold_lr": 1e-3, "bias_lr": 1e-3, "lr_l0": None,
-        "second_moment": "element", "beta1": 0.0, "beta2": 0.999, "adam_eps": 1e-8,
+        "n_steps": 100, "batch_size": 8, "lr": 1e-3, "decoder_lr": 1e-3, "free_decoder_lr": 1e-3, "threshold_lr": 1e-3,
+        "bias_lr": 1e-3, "lr_l0": None, "second_moment": "element", "beta1": 0.0, "beta2": 0.999, "adam_eps": 1e-8,
         "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
         "b_dec_start": "zero", "decoder_start": "random", "threshold_start": "fixed",
         "l0_control": True, "control_shift": 0.0, "control_proportional": 0.1, "control_integral": 0.01, "error_bound": None,
