@@ -26,7 +26,7 @@ from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, buil
                             harvested, run_entry_point)
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
-from sae_zoo.data.module import VALIDATION_ROWS
+from sae_zoo.data.module import START_ROWS, VALIDATION_ROWS
 from sae_zoo.data.norms import describe
 from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.lm.hooks import HookPoint, resolve_hook
@@ -124,6 +124,7 @@ class _Planner:
             controlled=sae.controlled, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
             n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
             n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), devices=devices, online=online,
+            n_start_rows=START_ROWS if sae.start_density is not None else 0,
             # Of a row that the language model reads, the first token is no activation.
             n_lm_tokens=min(cfg.evaluation.n_lm_tokens, n_rows["test"] * cfg.lm.context_size // max(1, cfg.lm.context_size - 1)))
 

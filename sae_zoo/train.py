@@ -27,6 +27,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.config import build_sae, check_settings, config_hash, device_of, one_line, run_entry_point
 from sae_zoo.curves import Curves
+from sae_zoo.data.module import START_ROWS
 from sae_zoo.data.norms import TOLD_ABOVE
 from sae_zoo.evaluation.suite import HeldOutRows, score_attribution, score_in_lm, score_sae, within
 from sae_zoo.files import locked, replacing, write_text
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 L0_TOLERANCE = 0.05
 # So does one whose calibration raised thresholds by more than this share of their mean excess.
 CALIBRATION_TOLERANCE = 0.02
-# Training rows that a data-dependent start looks at.
-_START_ROWS = 8192
 
 
 class _ProgressBar(TQDMProgressBar):
@@ -95,7 +94,7 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *,
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
     else:
-        n_rows = min(_START_ROWS, activations.n_rows("train"))
+        n_rows = min(START_ROWS, activations.n_rows("train"))
         sae.initialise(activations.kept_rows("train", 0, n_rows))
         give_back_freed_memory()
     # Of variants that draw random numbers in training. None here does, but what a checkpoint says of them should not

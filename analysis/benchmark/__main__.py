@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark step | scaling | whole | sound | reading | one_stream | quality | frontier | install``."""
+"""``python -m analysis.benchmark step | scaling | whole | sound | forecast | reading | one_stream | quality | frontier | install``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "scaling": "how the cost of a step grows with d_sae and L0",
     "whole": "what runs from scratch cost, against as many warm steps",
     "reading": "bandwidth of reading batches beside reading files, and how well they are shuffled",
+    "forecast": "what sae_zoo.plan says of a run, beside what it takes",
     "sound": "does every arm train soundly wherever one looks",
     "one_stream": "what SAEs that train together on one stream save",
     "quality": "FVU and delta LM loss at the same L0, everybody at their best learning rate",

@@ -11,6 +11,8 @@ from sae_zoo.data.loading import ReadAhead
 
 # Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
 VALIDATION_ROWS = 8192
+# Training rows that a data-dependent start looks at.
+START_ROWS = 8192
 
 
 class ActivationData(pl.LightningDataModule):

@@ -29,9 +29,12 @@ _ROWS_WAITING = 1 << 27  # bytes of rows that a cache's writer collects
 _BATCHES_READ_AHEAD = 4  # one in use, two waiting, one being read
 _FORWARD_PASSES = 2  # of the language model for each SAE: clean, spliced
 _ATTRIBUTED_POSITIONS = 2  # gradients a row
-_CALIBRATION_PASSES = 13  # over the validation rows, when L0 control ends
+_CALIBRATION_PASSES = 5  # over the validation rows, when L0 control ends: 4 to 6
+_START_PASSES = 3  # over the rows of a start: encode, find quantiles, decode, each about as long as to encode
 # Of a training step, around it: Lightning's loop, counters, L0 control.
 _STEP_SECONDS = 2e-3
+# Before the first one and after the last: the trainer, kernels that are loaded, checkpoints (analysis/LOG.md).
+_FIT_SECONDS = 1.0
 _CHECKPOINTS = 3  # two are kept, and a new one is written beside them
 
 
@@ -118,6 +121,7 @@ class Job:
         n_steps, validation_every, n_validation_rows: of training.
         n_rows, n_lm_tokens: of the evaluation.
         devices: that train together, each on its share of a batch.
+        n_start_rows: that a data-dependent start looks at; 0 where there is none.
         online: None where training rows are read from a disk.
         place_measured: whether the job before it in the same process is evaluated at the same place.
     """
@@ -136,6 +140,7 @@ class Job:
     n_rows: int
     n_lm_tokens: int
     devices: int
+    n_start_rows: int = 0
     online: Online | None = None
     place_measured: bool = False
 
@@ -191,14 +196,15 @@ class Job:
         return (rows * self.sae.d_sae * rates.encode, 2 * rows * self.sae.d_in * self.sae.d_sae)
 
     def _training(self, machine: Machine, rates: Rates) -> Phase:
-        """``n_steps`` steps, and looks at the validation rows between them. Memory: two shards, the batches that are read
+        """The start, ``n_steps`` steps, and looks at the validation rows between them and at the end. Memory: two shards, the batches that are read
         ahead, and :meth:`SAECost.peak_bytes`; on the host, in one process, the language model, which waits for the
         evaluation. On the fly it is on every device instead; and for shards, the buffer, the packed tokens and what the
         language model has read ahead. Its passes are added to the steps: they run beside them, but on the same
         processors.
         """
         sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.controlled
-        seconds, flops = self._encoding(rates, looks * self.n_validation_rows)
+        encoded = looks * self.n_validation_rows + _START_PASSES * self.n_start_rows
+        seconds, flops = self._encoding(rates, encoded)
         entries = self.entries * rates.selected
         a_step = sae.dense.flops if self.dense else sae.sparse_flops(entries, DEAD_SHARE)
         batches = _BATCHES_READ_AHEAD * sae.batch * sae.d_in * 4
@@ -211,7 +217,7 @@ class Job:
         lm_waits, lm_works = (self._lm_bytes(), 0) if self.online is None else (0, self._lm_bytes())
         host, device = self._memory(machine, host=batches + waiting, device=lm_works + peak + pass_bytes)
         memory = host + lm_waits, device
-        seconds += self.n_steps * self.step_seconds(rates) + of_lm / self.devices * rates.lm_flop
+        seconds += _FIT_SECONDS + self.n_steps * self.step_seconds(rates) + of_lm / self.devices * rates.lm_flop
         return Phase("training", seconds, flops + self.n_steps * a_step * self.devices + of_lm, *memory)
 
     def _on_the_fly(self) -> tuple[float, float]:

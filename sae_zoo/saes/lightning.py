@@ -27,9 +27,11 @@ log = logging.getLogger(__name__)
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
-# The most by which calibration moves thresholds, in mean excesses; how often it halves a share; rows encoded at a time.
+# The most by which calibration moves thresholds, in mean excesses; how near to the target, as a logarithm, it is content; how
+# often it looks; rows encoded at a time.
 _LARGEST_SHIFT = 0.5
-_CALIBRATION_HALVINGS = 10
+_CALIBRATED_WITHIN = 5e-4
+_CALIBRATION_LOOKS = 10
 _CALIBRATION_ROWS = 4096
 # A latent's mean excess is one over about so many of the last tokens on which it was active.
 _EXCESS_TOKENS = 20.0
@@ -175,33 +177,36 @@ class LightningSAE(pl.LightningModule):
             return None
         start = {k: v.clone() for k, v in self.state_dict().items()}
 
-        def at(shift: float) -> tuple[float, float]:
+        def move(shift: float) -> None:
             self.load_state_dict(start)
-            if shift:
-                self.raise_thresholds(shift * self.mean_excess)
-            return self._l0_and_error(x)
+            self.raise_thresholds(shift * self.mean_excess)
 
-        def l0_at(shift: float) -> float:
-            return at(shift)[0]
-
-        before, low, high = at(0.0), -_LARGEST_SHIFT, _LARGEST_SHIFT
-        for _ in range(_CALIBRATION_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if l0_at(middle) > self.l0_target else (low, middle)
-        shift = (low + high) / 2
-        after = at(shift)
+        before = self._l0_and_error(x)
+        l0, shift, low, high = before[0], 0.0, -_LARGEST_SHIFT, _LARGEST_SHIFT
+        for _ in range(_CALIBRATION_LOOKS):
+            error = math.log(max(l0, 1e-9) / self.l0_target)
+            if abs(error) < _CALIBRATED_WITHIN:
+                break
+            low, high = (shift, high) if error > 0 else (low, shift)
+            # An excess divides L0 by about e (see sae_zoo.training.control.threshold_shift); where that leads out, halve.
+            guess = shift + error
+            shift = guess if low < guess < high else (low + high) / 2
+            move(shift)
+            l0, _ = self._l0_and_error(x, error=False)
+        after = self._l0_and_error(x) if shift else before
         variance = float((x.double() - x.double().mean(0)).square().sum())
         return Calibration(shift, before[0], after[0], before[1] / variance, after[1] / variance)
 
-    def _l0_and_error(self, x: Tensor) -> tuple[float, float]:
-        """L0, and the summed squared error, of raw activations [n, d_in]."""
-        n_active, error = 0, 0.0
+    def _l0_and_error(self, x: Tensor, *, error: bool = True) -> tuple[float, float]:
+        """L0, and if it is asked for the summed squared error, of raw activations [n, d_in]."""
+        n_active, total = 0, 0.0
         for rows in x.split(_CALIBRATION_ROWS):
             rows = rows.to(self.device)
             code = self.encode_sparse(rows)
             n_active += int((code.values > 0).sum())
-            error += float((self.decode(code) - rows).square().sum(1).double().sum())
-        return n_active / len(x), error
+            if error:
+                total += float((self.decode(code) - rows).square().sum(1).double().sum())
+        return n_active / len(x), total
 
     # Optimiser and schedules.
 

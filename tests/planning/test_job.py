@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from sae_zoo.data.cache_writer import estimated_bytes
-from sae_zoo.planning.job import Harvest, Job, Online
+from sae_zoo.planning.job import _FIT_SECONDS, Harvest, Job, Online
 from sae_zoo.planning.lm import LMCost
 from sae_zoo.planning.machine import Machine, Rates
 from sae_zoo.planning.meter import Cost
@@ -53,7 +53,8 @@ def test_time_and_flops_are_linear_in_tokens():
     assert set(once) == {"harvest", "training", "evaluation"}
     for name, phase in once.items():
         assert 0 < phase.seconds < float("inf") and phase.flops > 0
-        assert twice[name].seconds == pytest.approx(2 * phase.seconds), name
+        once_only = _FIT_SECONDS if name == "training" else 0.0
+        assert twice[name].seconds - once_only == pytest.approx(2 * (phase.seconds - once_only)), name
         assert twice[name].flops == pytest.approx(2 * phase.flops), name
 
 
@@ -64,6 +65,13 @@ def test_a_training_step_by_hand():
     assert JOB.step_seconds(RATES) == pytest.approx(expected)
     slow_disk = replace(RATES, read=1e-6)
     assert JOB.step_seconds(slow_disk) == pytest.approx(1024 * 512 * 4 * 1e-6)
+
+
+def test_a_start_and_a_calibration_by_hand():
+    """Three passes over the rows of the start and five over the validation rows, 4,096 latents each."""
+    none, both = (phases(job)["training"] for job in (JOB, replace(JOB, n_start_rows=1000, controlled=True)))
+    assert both.seconds - none.seconds == pytest.approx((3 * 1000 + 5 * 8192) * 4096 * 1e-9)
+    assert both.flops - none.flops == pytest.approx((3 * 1000 + 5 * 8192) * 2 * 512 * 4096)
 
 
 def test_passes_of_an_evaluation_by_hand():
