@@ -17,7 +17,7 @@ import torch
 from scipy import integrate, optimize, stats
 from torch import Tensor
 
-from analysis.frontier import OneLineParser
+from sae_zoo.command_line import OneLineParser
 from sae_zoo.functional.activations import heaviside, jumprelu
 from sae_zoo.records import write_json
 

@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.frontier import OneLineParser
+from sae_zoo.command_line import OneLineParser
 from analysis.latents import open_runs
 from sae_zoo.evaluation.suite import HeldOutRows
 from sae_zoo.functional.activations import heaviside, jumprelu

@@ -328,25 +328,33 @@ def _report(record: dict[str, Any], run_dir: Path) -> None:
     log.info("written to %s", run_dir)
 
 
-def _report_sweep() -> None:
-    """Table and plot of every run in each of the folders that this sweep wrote to: one for each hook point, say."""
-    from analysis.frontier import draw_frontier  # matplotlib and pandas, needed only here
+def _report_sweep() -> bool:
+    """Table and plot of every run in each of the folders that this sweep wrote to (one for each hook point, say); whether
+    all of them came out.
+    """
+    from sae_zoo.frontier.plot import draw_frontier  # matplotlib and pandas, needed only here
 
+    drawn = True
     for folder in sorted({run_dir.parent for run_dir in _swept}):
         try:
             result = draw_frontier(folder)
-        except ValueError as error:
-            log.error("no frontier: %s", one_line(error))
+        except Exception as error:  # whatever it is, the runs are finished and their records safe
+            log.error("no frontier of %s: %s", folder, one_line(error))
+            drawn = False
         else:
             print(f"\n{result.text}\n\n{result.png}")
+    return drawn
 
 
 def main() -> None:
+    drawn = True
     try:
         run_entry_point(_task, "train")
     finally:
         if _swept and not _is_helper():
-            _report_sweep()
+            drawn = _report_sweep()
+    if not drawn:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from sae_zoo import evaluate, harvest, load_sae, train
 from sae_zoo.config import CONFIG_DIR
 from sae_zoo.data.cache import open_cache
+from sae_zoo.frontier import plot
 from sae_zoo.records import read_record
 
 SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "d_sae=512", "recipe.n_steps=100",
@@ -72,6 +73,17 @@ def test_a_second_time_everything_is_skipped(run, sweep):
     status, printed = run("-m", "sweep=demo", "sae=jumprelu,topk", "l0_target=10,20")
     assert status == 0 and printed.count("is finished; skipped") == 4
     assert before == {p: p.stat().st_mtime_ns for p in sweep.rglob("record.json")}
+
+
+def test_a_frontier_that_fails_is_one_line_after_a_finished_sweep(run, sweep, monkeypatch):
+    def fails(folder):
+        raise RuntimeError("no font\nfound")
+
+    monkeypatch.setattr(plot, "draw_frontier", fails)
+    status, printed = run("-m", "sweep=demo", "sae=topk", "l0_target=10,20")
+    assert status == 1 and "Traceback" not in printed
+    assert f"no frontier of {sweep}: no font found" in printed.strip().splitlines()[-1]
+    assert read_record(sweep / "topk-l0_10-seed_0")["status"] == "finished"
 
 
 def test_another_config_in_the_same_folder_is_refused(run, sweep):

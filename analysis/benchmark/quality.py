@@ -28,7 +28,7 @@ from analysis.benchmark.contestants import (
     find_cache,
     mean_and_spread,
 )
-from analysis.pareto import interpolate_at
+from sae_zoo.frontier.pareto import interpolate_at
 from sae_zoo.records import write_json
 
 SUMMARY = "summary.json"

@@ -13,7 +13,7 @@ from analysis.claims.evidence import Evidence
 from analysis.claims.report import (
     as_json, format_by_l0, format_by_lm, format_notes, format_table, judge, judge_by_lm,
 )
-from analysis.frontier import OneLineParser
+from sae_zoo.command_line import OneLineParser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

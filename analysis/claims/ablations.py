@@ -12,7 +12,7 @@ from analysis.claims.compare import Units, mean_difference, on_grid
 from analysis.claims.evidence import NAMES, Arm, Curve, Evidence, Group, Pair, Record, is_published, number
 from analysis.claims.finding import Check, Finding, decide, finding, not_measured, over, plain, show
 from analysis.claims.intervals import estimate
-from analysis.pareto import interpolate_at
+from sae_zoo.frontier.pareto import interpolate_at
 
 # Standard deviation of each kernel at bandwidth 1, from its formula (sae_zoo.functional.activations has the same).
 KERNEL_STD = {"rectangle": 12**-0.5, "triangle": 6**-0.5, "epanechnikov": 5**-0.5, "gaussian": 1.0}

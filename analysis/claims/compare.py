@@ -11,7 +11,7 @@ from scipy import stats
 
 from analysis.claims.evidence import Arm, Curve, Evidence, Pair, Record
 from analysis.claims.intervals import Estimate, estimate
-from analysis.pareto import interpolate_at
+from sae_zoo.frontier.pareto import interpolate_at
 
 # L0s at which curves are compared, evenly in log L0 over the range that all of them were measured in.
 GRID = 25

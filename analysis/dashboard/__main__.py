@@ -8,7 +8,7 @@ from pathlib import Path
 
 from analysis.dashboard.content import gather
 from analysis.dashboard.page import render
-from analysis.frontier import OneLineParser
+from sae_zoo.command_line import OneLineParser
 from analysis.latents import open_runs
 
 # Every latent of two runs of the default width, in a file of less than 10 MB.

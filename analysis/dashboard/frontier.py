@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.frontier import COMPARABLE, PANELS, Record, read_runs, run_name
-from analysis.pareto import group_seeds, is_curve, label_of
-from analysis.style import can_draw, styles
+from sae_zoo.frontier.plot import PANELS
+from sae_zoo.frontier.runs import COMPARABLE, Record, read_runs, run_name
+from sae_zoo.frontier.pareto import group_seeds, is_curve, label_of
+from sae_zoo.frontier.style import can_draw, styles
 
 
 def _key(record: Record) -> tuple:

@@ -23,7 +23,7 @@ from analysis.paper.frequencies import draw_frequencies, notes_on_frequencies
 from analysis.paper.runs import NotMeasured, Runs, load_runs
 from analysis.paper.thresholds import draw_thresholds
 from analysis.paper.windows import draw_windows
-from analysis.style import save_figure
+from sae_zoo.frontier.style import save_figure
 
 __all__ = ["FIGURES", "NotMeasured", "PaperResult", "Runs", "draw_paper", "load_runs"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.frontier import OneLineParser
+from sae_zoo.command_line import OneLineParser
 from analysis.paper import draw_paper
 
 

@@ -11,7 +11,7 @@ from analysis.claims.frontiers import LOSSES
 from analysis.claims.intervals import Estimate
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import NotMeasured, Runs
-from analysis.style import STYLES, TEXT, label_log_axes
+from sae_zoo.frontier.style import STYLES, TEXT, label_log_axes
 
 # Those of claims C1 and C2; of Gated's two forms the better at each L0. ReLU is so far away that it would hide the rest.
 OTHERS = {"topk": ("topk",), "gated": ("gated", "gated_ri_l1")}

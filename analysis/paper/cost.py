@@ -7,11 +7,11 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis.frontier import some
+from sae_zoo.frontier.runs import some
 from analysis.paper.curves import draw_curves
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import Runs
-from analysis.style import FAINT, TEXT, styles
+from sae_zoo.frontier.style import FAINT, TEXT, styles
 
 STEP = "step.json"
 

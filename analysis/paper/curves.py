@@ -8,11 +8,11 @@ from typing import Literal
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from analysis.frontier import Record, run_name, some
-from analysis.pareto import is_curve
+from sae_zoo.frontier.runs import Record, run_name, some
+from sae_zoo.frontier.pareto import is_curve
 from analysis.paper.page import SIZE, lay_out
 from analysis.paper.runs import NotMeasured, Runs
-from analysis.style import FAINT, can_draw, draw_curve, label_curves, label_log_axes, readable_ticks
+from sae_zoo.frontier.style import FAINT, can_draw, draw_curve, label_curves, label_log_axes, readable_ticks
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from analysis.frontier import run_name, some
-from analysis.pareto import SeedGroup
+from sae_zoo.frontier.runs import run_name, some
+from sae_zoo.frontier.pareto import SeedGroup
 from analysis.paper.page import SIZE, lay_out
 from analysis.paper.runs import NotMeasured, Place, Runs
-from analysis.style import FAINT, TEXT
+from sae_zoo.frontier.style import FAINT, TEXT
 
 LATENTS = "latents.csv"
 BINS_A_DECADE = 4

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from analysis.paper.runs import Place
-from analysis.style import FAINT, TEXT, Style
+from sae_zoo.frontier.style import FAINT, TEXT, Style
 
 SIZE = 8.0  # points, of most text: three panels fill the text width of a paper, one a column of it
 LINE = 0.15  # inches, of a line of text

@@ -8,16 +8,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.frontier import Record, check_comparable, read_runs, run_name, some
-from analysis.pareto import SeedGroup, group_seeds, label_of
-from analysis.style import Style, styles
+from sae_zoo.frontier.runs import Record, check_comparable, read_runs, run_name, some
+from sae_zoo.frontier.pareto import SeedGroup, group_seeds, label_of
+from sae_zoo.frontier.style import Style, styles
 
 # Where in the language model: (site, layer); ("", 0) where the activations came without one.
 Place = tuple[str, int]
 
 # The paper's order of rows; other sites follow by name.
 _SITES = ("residual", "mlp", "attention")
-# What all runs of one paper share; those of one place agree on analysis.frontier.COMPARABLE besides.
+# What all runs of one paper share; those of one place agree on sae_zoo.frontier.runs.COMPARABLE besides.
 _SHARED = ("lm", "d_sae", "n_tokens")
 
 

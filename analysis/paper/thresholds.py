@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.frontier import some
+from sae_zoo.frontier.runs import some
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import NotMeasured, Runs
-from analysis.style import FAINT, STYLES, TEXT
+from sae_zoo.frontier.style import FAINT, STYLES, TEXT
 
 THRESHOLDS = "thresholds.json"
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.paper.page import SIZE, add_axes, blank, say
-from analysis.style import FAINT, STYLES, TEXT
+from sae_zoo.frontier.style import FAINT, STYLES, TEXT
 
 THRESHOLD, BANDWIDTH = 1.0, 0.8  # of the rectangle; wide enough to be seen
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from analysis.claims.intervals import estimate, interval_of_mean
-from analysis.pareto import interpolate_at
+from sae_zoo.frontier.pareto import interpolate_at
 
 
 def coverage(draw, n_draws=250):

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
-from analysis import frontier
-from analysis.frontier import draw_frontier, main
-from analysis.pareto import group_seeds
-from analysis.style import STYLES, readable_ticks, spread_apart, styles
+from analysis.frontier import main
+from sae_zoo.frontier import plot
+from sae_zoo.frontier.pareto import group_seeds
+from sae_zoo.frontier.plot import draw_frontier
+from sae_zoo.frontier.style import STYLES, readable_ticks, spread_apart, styles
 from sae_zoo.records import write_record
 
 LOSS = {"relu": 3.0, "gated": 2.0, "topk": 1.05, "jumprelu": 1.0}
@@ -49,8 +50,8 @@ def sweep(tmp_path):
 @pytest.fixture
 def figures(monkeypatch):
     """Collects the figures that are really drawn, for a look at their parts."""
-    drawn, draw = [], frontier._draw
-    monkeypatch.setattr(frontier, "_draw", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
+    drawn, draw = [], plot._draw
+    monkeypatch.setattr(plot, "_draw", lambda *arguments: drawn.append(draw(*arguments)) or drawn[-1])
     return drawn
 
 
@@ -170,7 +171,7 @@ def test_every_run_is_a_marker_and_lines_go_through_means(sweep, figures):
             (line,) = [line for line in axes.lines if line.get_color() == style.color and line.get_linestyle() == "-"]
             means = sorted((g.mean("l0"), g.mean(key)) for g in group_seeds(records) if g.label == label)
             assert np.allclose(np.transpose(line.get_data()), means)
-        (band,) = [line for line in axes.lines if line.get_color() == frontier.FRONT]
+        (band,) = [line for line in axes.lines if line.get_color() == plot.FRONT]
         x, y = band.get_data()
         assert min(y) == pytest.approx(min(g.mean(key) for g in group_seeds(records)))
     texts = " ".join(text.get_text() for text in figures[0].texts)

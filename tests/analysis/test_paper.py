@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from analysis.paper import FIGURES, NotMeasured, draw_paper, load_runs
 from analysis.paper.__main__ import main
 from analysis.paper.curves import METRICS, draw_curves, notes_on_curves
-from analysis.style import FORMS, STYLES, styles
+from sae_zoo.frontier.style import FORMS, STYLES, styles
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("gated", "gated_ri_l1", "jumprelu", "relu", "topk")

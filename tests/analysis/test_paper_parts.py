@@ -11,7 +11,7 @@ import torch
 from analysis.paper import FIGURES, NotMeasured, load_runs
 from analysis.paper.frequencies import common_target, draw_frequencies, histogram, notes_on_frequencies
 from analysis.paper.windows import BANDWIDTH, THRESHOLD, draw_windows
-from analysis.style import STYLES
+from sae_zoo.frontier.style import STYLES
 from sae_zoo.functional.activations import KERNEL_STD, heaviside, jumprelu
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.pareto import front_of_curves, group_seeds, interpolate_at, is_curve, label_of, pareto_front
+from sae_zoo.frontier.pareto import front_of_curves, group_seeds, interpolate_at, is_curve, label_of, pareto_front
 
 # Few distinct values, so that ties and duplicates are common.
 coordinates = st.sampled_from([1.0, 2.0, 3.0, 4.5, 7.0])

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from analysis.pareto import SeedGroup, is_curve
+from sae_zoo.frontier.pareto import SeedGroup, is_curve
 
 FONT_SIZE = 10.0
 TEXT = "#333333"

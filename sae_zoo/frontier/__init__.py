@@ -1,0 +1,1 @@
+"""The sparsity-fidelity frontier of finished runs: table and plot, from records alone."""
