@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.kills import plain
+from benchmarks.kills import plain
 from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.curves import Curves
 from sae_zoo.data.loading import SeededRows, StepDataModule

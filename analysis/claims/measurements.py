@@ -62,7 +62,7 @@ def _read_ste(path: Path, content: Any) -> tuple[float, list[tuple[float, float,
 
 
 def cost_of_a_step(evidence: Evidence) -> Finding:
-    """C8, from files step.json (the last line of python -m analysis.benchmark step --json, a folder each), holds if the
+    """C8, from files step.json (the last line of python -m benchmarks step --json, a folder each), holds if the
     intervals of both ratios of a training step's time, JumpReLU / Gated (of Gated's two forms the cheaper) and JumpReLU
     / TopK, lie below 1. It does not hold if one lies above 1. A benchmark is one number, so an interval takes three.
     """
@@ -79,7 +79,7 @@ def cost_of_a_step(evidence: Evidence) -> Finding:
             ratios["topk"]["", i] = math.log(times["jumprelu"] / times["topk"])
     found = {name: estimate(own).transformed(math.exp) for name, own in ratios.items() if own}
     if not found:
-        nothing = not_measured(metric, why=f"No {STEP} with JumpReLU and Gated or TopK; python -m analysis.benchmark "
+        nothing = not_measured(metric, why=f"No {STEP} with JumpReLU and Gated or TopK; python -m benchmarks "
                                            f"step --json | tail -n 1 > {STEP} writes it.")
         nothing.caveats += remarks
         return nothing
@@ -110,8 +110,8 @@ def _read_step(path: Path, content: Any) -> tuple[dict[str, float], str]:
             raise ValueError("times above 0 are expected")
         return times, f"{content['shape']} on {content['device']}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not the JSON line of analysis.benchmark step: {error!r}; write it again with "
-                         f"python -m analysis.benchmark step --json | tail -n 1 > {STEP}") from None
+        raise ValueError(f"{path} is not the JSON line of benchmarks step: {error!r}; write it again with "
+                         f"python -m benchmarks step --json | tail -n 1 > {STEP}") from None
 
 
 def _seconds(evidence: Evidence) -> list[str]:

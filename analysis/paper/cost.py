@@ -17,7 +17,7 @@ STEP = "step.json"
 
 
 def read_step(runs: Runs) -> dict[str, Any] | None:
-    """The ``step.json`` in or below the runs' folders: what ``python -m analysis.benchmark step --json`` printed last.
+    """The ``step.json`` in or below the runs' folders: what ``python -m benchmarks step --json`` printed last.
 
     Returns:
         None where there is no such file.
@@ -38,8 +38,8 @@ def read_step(runs: Runs) -> dict[str, Any] | None:
         if len(step["shape"]) != 4 or not step["ratios"]:
             raise ValueError("a shape of four numbers and at least one variant are expected")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{paths[0]} is not the JSON line of analysis.benchmark step: {error!r}; write it again with "
-                         f"python -m analysis.benchmark step --json | tail -n 1 > {STEP}") from None
+        raise ValueError(f"{paths[0]} is not the JSON line of benchmarks step: {error!r}; write it again with "
+                         f"python -m benchmarks step --json | tail -n 1 > {STEP}") from None
     return step
 
 

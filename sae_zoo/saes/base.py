@@ -138,7 +138,7 @@ class SAE(LightningSAE, ABC):
     variant: ClassVar[str]
     encoder_bias: ClassVar[str] = "b_enc"
     bias_is_threshold: ClassVar[bool] = False  # whether a latent is active as soon as its pre-activation is above 0
-    # On which side of this share of active entries the dense path is faster (analysis/benchmark.py measures it).
+    # On which side of this share of active entries the dense path is faster (benchmarks measures it).
     sparse_below_density: ClassVar[float] = 0.15
 
     def __init__(self, *, d_in: int, d_sae: int, input_scale: float = 1.0, subtract_b_dec: bool = True,

@@ -190,6 +190,6 @@ def test_cost_is_of_the_step_where_it_was_measured(sweep):
 def test_a_step_file_of_another_kind_is_an_error(sweep, text):
     folder = sweep(record())
     (folder / "step.json").write_text(text)
-    with pytest.raises(ValueError, match="step.json is not the JSON line of analysis.benchmark step") as error:
+    with pytest.raises(ValueError, match="step.json is not the JSON line of benchmarks step") as error:
         FIGURES["cost"](load_runs([folder]))
     assert "\n" not in str(error.value)

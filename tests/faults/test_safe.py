@@ -15,7 +15,7 @@ from sae_zoo.config import CONFIG_DIR
 from sae_zoo.data.cache import make_cache_id
 
 ROOT = Path(__file__).parents[2]
-SOURCES = [path for room in ("sae_zoo", "analysis") for path in (ROOT / room).rglob("*.py")]
+SOURCES = [path for room in ("sae_zoo", "analysis", "benchmarks") for path in (ROOT / room).rglob("*.py")]
 
 
 def calls(path):

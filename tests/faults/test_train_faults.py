@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.kills import plain
+from benchmarks.kills import plain
 from sae_zoo import train
 from sae_zoo.records import read_record
 

@@ -103,7 +103,7 @@ def test_peak_memory_of_real_steps(variant, d_in, d_sae):
 
 
 PEAK = """
-from analysis.benchmark.step import _CLEAR_REFS, _status, Trainee, give_back_freed_memory, keep_freed_memory, synthetic
+from benchmarks.step import _CLEAR_REFS, _status, Trainee, give_back_freed_memory, keep_freed_memory, synthetic
 import torch
 
 torch.set_num_threads(1)

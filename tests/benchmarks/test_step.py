@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from analysis.benchmark.__main__ import main
-from analysis.benchmark.step import Trainee, least_bytes, peak_bytes, synthetic
+from benchmarks.__main__ import main
+from benchmarks.step import Trainee, least_bytes, peak_bytes, synthetic
 from sae_zoo.saes import variants
 
 SHAPE = "16,64,128,6"

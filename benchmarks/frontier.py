@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark frontier``: seconds to a frontier of two variants at three targets.
+"""``python -m benchmarks frontier``: seconds to a frontier of two variants at three targets.
 
 Everybody trains anew, one run after the other, at the learning rate that ``quality`` found best for them.
 """
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.benchmark.contestants import OURS, Bench, Job, PeerAbsent, Record, find_cache
-from analysis.benchmark.quality import SUMMARY, align, at_l0, next_control, shared_arguments
+from benchmarks.contestants import OURS, Bench, Job, PeerAbsent, Record, find_cache
+from benchmarks.quality import SUMMARY, align, at_l0, next_control, shared_arguments
 
 VARIANTS = ("topk", "jumprelu")
 # Two L0s that differ by less are taken for the same.

@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark reading [--cache DIR | --gb N,N]``: what reading batches costs beside reading files.
+"""``python -m benchmarks reading [--cache DIR | --gb N,N]``: what reading batches costs beside reading files.
 
 A round reads every training shard three times, with the files out of the system's page cache and then in it: by ``dd``,
 by plain reads into one buffer of a shard's size, and as the shuffled float32 batches that training gets. Bytes are
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.benchmark.quality import align
+from benchmarks.quality import align
 from sae_zoo.data.activations import Batches
 from sae_zoo.data.cache import Cache, make_cache_id, open_cache
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes

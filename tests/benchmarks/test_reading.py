@@ -6,9 +6,9 @@ import sys
 import pytest
 import torch
 
-from analysis.benchmark import reading
-from analysis.benchmark.__main__ import main
-from analysis.benchmark.reading import _likeness, shuffle_quality, write_synthetic
+from benchmarks import reading
+from benchmarks.__main__ import main
+from benchmarks.reading import _likeness, shuffle_quality, write_synthetic
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux to drop files from memory")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.benchmark import forecast
+from benchmarks import forecast
 from sae_zoo import train
 
 

@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark quality``: who reconstructs best at the same L0, everybody at their own best rate.
+"""``python -m benchmarks quality``: who reconstructs best at the same L0, everybody at their own best rate.
 
 For each contestant and variant: (1) the learning rate, from a grid that grows while its best is at an edge, by FVU on
 validation rows at L0 40, one seed; (2) at that rate, runs around L0 15 to 110 with every seed, scored on test rows and
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from analysis.benchmark.contestants import (
+from benchmarks.contestants import (
     CONTESTANTS,
     OURS,
     VARIANTS,

@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark forecast [OVERRIDE ...]``: what ``sae_zoo.plan`` says of a run, beside what it then takes.
+"""``python -m benchmarks forecast [OVERRIDE ...]``: what ``sae_zoo.plan`` says of a run, beside what it then takes.
 
 Both are new processes; the run's is told apart by phases: its harvest (where the cache is not there yet), training and
 evaluation, each with its seconds, the peak of resident memory while it lasts, and, of the harvest and the evaluation, the
@@ -23,7 +23,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from analysis.benchmark.quality import align
+from benchmarks.quality import align
 
 # Names of functions in sae_zoo.train, and the phase that each is.
 _PHASES = {"open_source": "harvest", "fit": "training", "evaluate_sae": "evaluation"}

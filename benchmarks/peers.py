@@ -112,7 +112,7 @@ class Worker:
         known_peers([name])
         python = Path(peers_dir) / name / "bin" / "python"
         if not python.exists():
-            raise PeerAbsent(f"not installed in {python.parent.parent}; run python -m analysis.benchmark install "
+            raise PeerAbsent(f"not installed in {python.parent.parent}; run python -m benchmarks install "
                              f"--peers {name}")
         self.name, self._threads = name, threads
         self.log = Path(peers_dir) / f"{name}.log"

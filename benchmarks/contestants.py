@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from analysis.benchmark.peers import PEERS, PeerAbsent, PeerFailed, Worker
+from benchmarks.peers import PEERS, PeerAbsent, PeerFailed, Worker
 from sae_zoo.config import compose_config, config_hash, prepare_process
 from sae_zoo.data.cache import MANIFEST, Cache, open_cache
 from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_sae

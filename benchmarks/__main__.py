@@ -1,4 +1,5 @@
-"""``python -m analysis.benchmark step | scaling | whole | sound | forecast | reading | one_stream | quality | frontier | install``."""
+"""``python -m benchmarks step | scaling | whole | sound | forecast | reading | one_stream | quality | frontier | kills |
+install``."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ COMMANDS = {
     "one_stream": "what SAEs that train together on one stream save",
     "quality": "FVU and delta LM loss at the same L0, everybody at their best learning rate",
     "frontier": "wall-clock to a six-point frontier, and how good its points are",
+    "kills": "an entry point killed at random moments and started again: does it end with the same bytes",
 }
 
 
@@ -32,7 +34,8 @@ def _threads(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one line on stderr and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    parser = argparse.ArgumentParser(prog="analysis.benchmark", description="sae_zoo beside the public SAE trainers")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks", description="what trains, times or kills sae_zoo, and the public SAE trainers beside it")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, purpose in COMMANDS.items():
         command = subparsers.add_parser(name, help=purpose, description=purpose)
@@ -40,22 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--threads", type=_threads, help="of torch, for everybody; by default torch's own choice")
         _add_peers_dir(command)
         if arguments[:1] == [name]:  # only the module that is asked for is imported
-            importlib.import_module(f"analysis.benchmark.{name}").add_arguments(command)
+            importlib.import_module(f"benchmarks.{name}").add_arguments(command)
     command = subparsers.add_parser("install", help="an environment for each peer")
     command.add_argument("--peers", default="sae-lens,dictionary-learning,eai-sparsify", metavar="NAME,NAME,...")
     _add_peers_dir(command)
     args = parser.parse_args(arguments)
     try:
         if args.command == "install":
-            from analysis.benchmark.peers import install
+            from benchmarks.peers import install
 
             install(args.peers.split(","), args.peers_dir)
             return
-        result = importlib.import_module(f"analysis.benchmark.{args.command}").run(args)
+        result = importlib.import_module(f"benchmarks.{args.command}").run(args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"analysis.benchmark {args.command}: error: {' '.join(str(error).split())}\n")
+        parser.exit(2, f"benchmarks {args.command}: error: {' '.join(str(error).split())}\n")
     except subprocess.CalledProcessError as error:
-        parser.exit(1, f"analysis.benchmark install: error: {' '.join(map(str, error.cmd))} failed\n")
+        parser.exit(1, f"benchmarks install: error: {' '.join(map(str, error.cmd))} failed\n")
     if args.json:
         print(json.dumps(result))
 

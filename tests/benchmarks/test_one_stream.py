@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from analysis.benchmark import one_stream
-from analysis.benchmark.__main__ import main
+from benchmarks import one_stream
+from benchmarks.__main__ import main
 
 
 def test_one_stream(capsys, tmp_path, monkeypatch):

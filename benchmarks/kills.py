@@ -1,8 +1,5 @@
-"""Kill an entry point with SIGKILL at random moments, start it again, and compare what it ends with.
-
-    python -m analysis.kills train --kills 50
-    python -m analysis.kills harvest --kills 50
-    python -m analysis.kills pretrain --kills 50
+"""``python -m benchmarks kills train | harvest | pretrain``: kill an entry point with SIGKILL at random moments, start it
+again, and compare what it ends with.
 
 The same command is started in the same folder until it ends by itself; then every file of the result is compared with
 that of a run that was never killed, and the next round begins in a new folder, until as many processes as asked for
@@ -27,6 +24,7 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _WORDS = "def class return import self value index for while with lambda yield raise except finally assert".split()
@@ -233,21 +231,26 @@ def stress(kind: str, kills: int, root: Path, seed: int = 0, from_nothing: float
     return outcome
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
     parser.add_argument("kind", choices=COMMANDS)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The benchmark; prints what it found and returns what ``--json`` shows.
+
+    Raises:
+        SystemExit: with status 1, if a run failed or ended with other bytes.
+    """
     with tempfile.TemporaryDirectory() as root:
         started = time.monotonic()
-        outcome = stress(arguments.kind, arguments.kills, Path(root), arguments.seed)
+        outcome = stress(args.kind, args.kills, Path(root), args.seed)
     found = ", ".join(f"{n} {what}" for what, n in outcome.found.most_common())
-    print(f"{arguments.kind}: {outcome.kills} kills in {time.monotonic() - started:.0f} s, which left: {found}")
+    print(f"{args.kind}: {outcome.kills} kills in {time.monotonic() - started:.0f} s, which left: {found}")
     print(f"{outcome.ended} runs came to their end, {len(outcome.failed)} failed, {len(outcome.differ)} files differ")
-    print("\n".join([*outcome.failed, *outcome.differ]))
-    raise SystemExit(bool(outcome.failed or outcome.differ))
-
-
-if __name__ == "__main__":
-    main()
+    if outcome.failed or outcome.differ:
+        print("\n".join([*outcome.failed, *outcome.differ]))
+        raise SystemExit(1)
+    return {"kills": outcome.kills, "ended": outcome.ended, "found": outcome.found}

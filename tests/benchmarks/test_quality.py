@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.benchmark import contestants, frontier, quality
-from analysis.benchmark.__main__ import main
-from analysis.benchmark.contestants import OURS, Bench, Job, find_cache, mean_and_spread
-from analysis.benchmark.quality import Trial, add_ratios, at_l0, bracket, next_control
+from benchmarks import contestants, frontier, quality
+from benchmarks.__main__ import main
+from benchmarks.contestants import OURS, Bench, Job, find_cache, mean_and_spread
+from benchmarks.quality import Trial, add_ratios, at_l0, bracket, next_control
 from sae_zoo.data.corpus import TextFilesCorpus
 from sae_zoo.data.harvesting import HarvestSpec, harvest
 from sae_zoo.lm.hooks import resolve_hook

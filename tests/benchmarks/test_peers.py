@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from analysis.benchmark import peers
-from analysis.benchmark.__main__ import main
-from analysis.benchmark.peers import PEERS, Peer, PeerAbsent, PeerFailed, Worker, install, read_export
+from benchmarks import peers
+from benchmarks.__main__ import main
+from benchmarks.peers import PEERS, Peer, PeerAbsent, PeerFailed, Worker, install, read_export
 
 ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, K = 6, 20, 3
@@ -148,7 +148,7 @@ serve(CHANNEL, packages=["torch"], variants={{"relu": {{"control": "coefficient"
 def tiny(tmp_path, monkeypatch):
     """A peer named tiny, installed in tmp_path."""
     script = tmp_path / "tiny_worker.py"
-    script.write_text(TINY_WORKER.format(workers=str(ROOT / "analysis/benchmark/workers")))
+    script.write_text(TINY_WORKER.format(workers=str(ROOT / "benchmarks/workers")))
     python = tmp_path / "tiny" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -198,7 +198,7 @@ def test_a_failed_run_is_said_in_one_line_and_ends_nothing(tiny):
 
 
 def test_a_peer_that_is_absent_says_why(tiny):
-    with pytest.raises(PeerAbsent, match="not installed in .*sae-lens; run python -m analysis.benchmark install"):
+    with pytest.raises(PeerAbsent, match="not installed in .*sae-lens; run python -m benchmarks install"):
         Worker("sae-lens", tiny, threads=None)
     (tiny / "tiny_worker.py").write_text("import a_package_that_is_not_there")
     with pytest.raises(PeerAbsent, match=r"it does not start: the worker of tiny has ended; see .*tiny\.log"):
@@ -210,7 +210,7 @@ def test_a_peer_that_is_absent_says_why(tiny):
 
 def test_every_peer_has_a_worker_and_pinned_requirements():
     for name, peer in peers.PEERS.items():
-        folder = ROOT / "analysis/benchmark"
+        folder = ROOT / "benchmarks"
         assert (folder / "workers" / peer.worker).is_file()
         lines = [line for line in (folder / "requirements" / f"{name}.txt").read_text().splitlines() if line[:1] != "#"]
         assert all(line.count("==") == 1 for line in lines) and "torch==2.13.0" in lines
@@ -224,7 +224,7 @@ def test_every_peer_has_a_worker_and_pinned_requirements():
 def test_a_peer_trains_and_is_read_back_exactly(name, tmp_path):
     peers_dir = ROOT / "outputs/peers"
     if not (peers_dir / name / "bin/python").exists():
-        pytest.skip(f"{name} is not installed: python -m analysis.benchmark install --peers {name}")
+        pytest.skip(f"{name} is not installed: python -m benchmarks install --peers {name}")
     rng = np.random.default_rng(0)
     np.save(tmp_path / "rows.npy", (rng.normal(size=(40 * 64, 16)) @ rng.normal(size=(16, 16)) + 2).astype(np.float32))
     np.save(tmp_path / "check.npy", np.load(tmp_path / "rows.npy")[:64])

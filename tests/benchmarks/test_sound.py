@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from analysis.benchmark import sound
-from analysis.benchmark.__main__ import main
+from benchmarks import sound
+from benchmarks.__main__ import main
 
 
 def row(arm, target, **values):

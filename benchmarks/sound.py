@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark sound CACHE... | synthetic:KIND...``: does every arm train soundly wherever one looks?
+"""``python -m benchmarks sound CACHE... | synthetic:KIND...``: does every arm train soundly wherever one looks?
 
 On every place, every arm is trained to every L0 by the recipe as it stands, and scored on held-out rows. A run is sound if
 its L0 is within 3 % of the target or within two of its standard errors, at most 5 % of its latents are dead, it did not
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.benchmark.quality import align
+from benchmarks.quality import align
 from sae_zoo.config import build_recipe, compose_config, prepare_process
 from sae_zoo.data.cache import open_cache
 from sae_zoo.data.file import FileActivations

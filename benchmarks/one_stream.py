@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark one_stream [OVERRIDE ...]``: what SAEs that train on one stream save.
+"""``python -m benchmarks one_stream [OVERRIDE ...]``: what SAEs that train on one stream save.
 
 The same SAEs (the variants, each at the first target of L0, then at the next) one after the other and together; what is
 timed is what a sweep does before it scores: opening the activations (with ``data=cache`` or ``online`` that loads the
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from analysis.benchmark.quality import align
-from analysis.benchmark.step import Trainee, synthetic
+from benchmarks.quality import align
+from benchmarks.step import Trainee, synthetic
 from sae_zoo.config import compose_config, device_of, prepare_process
 from sae_zoo.one_stream import current, train_together
 from sae_zoo.saes import variants

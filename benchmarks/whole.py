@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark whole``: what runs from scratch cost, against as many warm steps.
+"""``python -m benchmarks whole``: what runs from scratch cost, against as many warm steps.
 
 Early in training the active set is large. The run is a real one, through Lightning, with its control, counters, looks
 at held-out rows and checkpoints, on synthetic activations of the shape.
@@ -17,7 +17,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from analysis.benchmark.step import Trainee, shape_argument, synthetic
+from benchmarks.step import Trainee, shape_argument, synthetic
 from sae_zoo.config import compose_config, prepare_process
 from sae_zoo.data.file import FileActivations
 from sae_zoo.saes import variants

@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark scaling``: how the cost of a training step grows with d_sae and with L0.
+"""``python -m benchmarks scaling``: how the cost of a training step grows with d_sae and with L0.
 
 For each variant a power law, ms = c * d_sae^a * L0^b, is fitted to the medians by least squares on log axes. The encoder
 GEMM alone has a = 1 and b = 0.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.benchmark.quality import align
-from analysis.benchmark.step import Trainee, gemm_timer, milliseconds, synthetic
+from benchmarks.quality import align
+from benchmarks.step import Trainee, gemm_timer, milliseconds, synthetic
 from sae_zoo.memory import keep_freed_memory
 from sae_zoo.saes import variants
 

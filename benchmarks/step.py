@@ -1,4 +1,4 @@
-"""``python -m analysis.benchmark step``: milliseconds of a whole training step, beside the encoder GEMM alone.
+"""``python -m benchmarks step``: milliseconds of a whole training step, beside the encoder GEMM alone.
 
 A step is forward, backward, optimiser and decoder constraint, on one batch of synthetic activations, at the L0 that a
 trained SAE has. In each round the GEMM, every variant and every peer take their turns, so that what slows the machine
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.benchmark.peers import PEERS, PeerAbsent, Worker
+from benchmarks.peers import PEERS, PeerAbsent, Worker
 from sae_zoo.config import build_sae, compose_config
 from sae_zoo.memory import give_back_freed_memory, keep_freed_memory
 from sae_zoo.saes import variants
@@ -170,7 +170,7 @@ def peak_bytes(variant: str, shape: tuple[int, int, int, int], *, beta1: float) 
     if not _CLEAR_REFS.exists():
         return None
     arguments = (variant, *shape, beta1, torch.get_num_threads())
-    done = subprocess.run([sys.executable, "-c", f"from analysis.benchmark.step import *; measure_memory(*{arguments!r})"],
+    done = subprocess.run([sys.executable, "-c", f"from benchmarks.step import *; measure_memory(*{arguments!r})"],
                           stdout=subprocess.PIPE, text=True, check=True)
     return int(done.stdout)
 

@@ -1,1 +1,0 @@
-"""``python -m analysis.benchmark``: speed and quality beside the public trainers of sparse autoencoders."""

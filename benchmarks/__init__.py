@@ -1,0 +1,1 @@
+"""``python -m benchmarks``: whatever trains, times or kills our own code, and the public trainers."""
