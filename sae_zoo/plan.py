@@ -121,7 +121,7 @@ class _Planner:
             name=f"{cfg.sae.name} at L0 {cfg.l0_target}, seed {cfg.seed}", harvest=harvest, lm=lm, sae=cost,
             entries=entries, dense=entries >= sae.sparse_below_density * cfg.d_sae,
             starts_dense=sae.start_density is None or sae.start_density >= sae.sparse_below_density,
-            controlled=sae.controlled, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
+            calibrated=sae.calibrated, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
             n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
             n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), devices=devices, online=online,
             n_start_rows=START_ROWS if sae.start_density is not None else 0,

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, build_sae, check_settings, compose_config,
-                            config_hash, device_of)
+from sae_zoo.config import (CONFIG_DIR, build_corpus, build_harvest_spec, build_remote, build_sae, check_settings,
+                            compose_config, config_hash, device_of)
 
 USERS_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)  # what an entry point shows as one line
-VARIANTS = ["jumprelu", "relu", "topk", "gated", "gated_ri_l1"]
+VARIANTS = sorted(path.stem for path in (CONFIG_DIR / "sae").glob("*.yaml"))
 VALUES = ["null", "-1", "0", "0.5", "1e400", "nan", "abc", "''", "true", "[1,2]", "{a: 1}", "1000000000000", "-inf", "2"]
 
 

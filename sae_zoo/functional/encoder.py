@@ -7,6 +7,8 @@ costs one matrix-vector product.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,18 @@ def dense_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tenso
     return _DensePreActs.apply(x_centred.detach(), W_enc, b_enc, b_dec)
 
 
+@torch.no_grad()
+def products(x_centred: Tensor, W_enc: Tensor) -> Iterator[Tensor]:
+    """``x_centred`` [batch, d_in] times ``W_enc`` [d_in, d_sae], as many rows at a time as may exist at once, each time in
+    the same buffer.
+    """
+    x, weight = operand(x_centred.detach()), operand(W_enc)
+    rows = chunk_rows(x, weight.shape[1])
+    buffer = workspace.empty(rows, weight.shape[1], like=x)
+    for piece in x.split(rows):
+        yield torch.mm(piece, weight, out=buffer[: len(piece)])
+
+
 def sparse_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor | None,
                     selection: Selection) -> tuple[Tensor, ActiveSet]:
     """Pre-activations of the entries that ``selection`` picks, and the set of them.
@@ -82,11 +96,8 @@ def sparse_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tens
         [n_active] pre-activations, differentiable as :func:`dense_pre_acts`, and the active set of the batch.
     """
     with torch.no_grad():
-        x_operand, W_operand = operand(x_centred.detach()), operand(W_enc)
-        rows, parts = chunk_rows(x_centred, W_enc.shape[1]), []
-        buffer = workspace.empty(rows, W_enc.shape[1], like=x_operand)
-        for piece in x_operand.split(rows):
-            parts.append(selection.select(torch.mm(piece, W_operand, out=buffer[: len(piece)]), b_enc))
+        x_operand = operand(x_centred.detach())
+        parts = [selection.select(product, b_enc) for product in products(x_operand, W_enc)]
         counts, latent_ids, pre_acts = (torch.cat(kind) for kind in zip(*parts, strict=True))
         active = active_set(counts, latent_ids, W_enc.shape[1])
     return _SparsePreActs.apply(pre_acts, x_operand, W_enc, b_enc, b_dec, active), active

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,9 +13,20 @@ from sae_zoo.functional.bucketed_topk import largest_of_buckets
 from sae_zoo.functional.kernels import kernels_for
 
 
-class Selection(Protocol):
-    """A rule; it looks at each row by itself."""
+class Selection(ABC):
+    """A rule that looks at each row by itself."""
 
+    def of_batch(self, products: Callable[[], Iterable[Tensor]], bias: Tensor, n_rows: int) -> Selection:
+        """The rule for all rows of a training batch; a rule that looks at each row by itself is that already.
+
+        Args:
+            products: gives the pre-activations without ``bias``, [rows, d_sae] at a time; each is gone with the next.
+            bias: [d_sae].
+            n_rows: of all of them.
+        """
+        return self
+
+    @abstractmethod
     def select(self, product: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The active entries of pre-activations ``product + bias``, which are not made.
 
@@ -26,12 +38,13 @@ class Selection(Protocol):
             How many each row has [rows]; their latents [n], row after row; their pre-activations [n].
         """
 
+    @abstractmethod
     def mask(self, pre_acts: Tensor) -> Tensor:
         """[rows, d_sae] bool: the same choice, on dense pre-activations."""
 
 
 @dataclass(frozen=True, eq=False)
-class Above:
+class Above(Selection):
     """Every entry above ``bound``, a number or [d_sae]."""
 
     bound: Tensor | float
@@ -45,7 +58,7 @@ class Above:
 
 
 @dataclass(frozen=True)
-class Largest:
+class Largest(Selection):
     """The ``k`` largest entries of each row. Of equal ones, any."""
 
     k: int
@@ -58,7 +71,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class LargestOfBuckets:
+class LargestOfBuckets(Selection):
     """The ``k`` largest of the largest entries of ``n_buckets`` buckets of each row: an approximation of
     :class:`Largest` (:mod:`sae_zoo.functional.bucketed_topk`). Of equal ones, any.
     """
@@ -72,6 +85,43 @@ class LargestOfBuckets:
 
     def mask(self, pre_acts: Tensor) -> Tensor:
         return _mask_of(largest_of_buckets(pre_acts, self.k, self.n_buckets), pre_acts)
+
+
+@dataclass(frozen=True, eq=False)
+class LargestOfBatch:
+    """The ``k`` largest entries for each row of a batch, anywhere in it, as far as they are above 0: no rule before it has
+    seen the batch. Of equal ones at the edge, all.
+
+    Attributes:
+        k: entries a row, on average.
+        guess: [], about where the smallest of them lies; it saves work, and decides nothing.
+    """
+
+    k: float
+    guess: Tensor
+
+    def of_batch(self, products: Callable[[], Iterable[Tensor]], bias: Tensor, n_rows: int) -> Above:
+        """See :meth:`Selection.of_batch`."""
+        n = round(self.k * n_rows)
+        largest = self._largest(products(), bias, n, self.guess.clamp_min(0) / 2)
+        if len(largest) < n:  # the guess was too high
+            largest = self._largest(products(), bias, n, torch.zeros_like(self.guess))
+        if len(largest) < n:
+            return Above(torch.zeros_like(self.guess))
+        # Above has it: the next number below.
+        return Above(torch.nextafter(largest.min(), -torch.ones_like(self.guess)).clamp_min(0))
+
+    @staticmethod
+    def _largest(products: Iterable[Tensor], bias: Tensor, n: int, floor: Tensor) -> Tensor:
+        """The ``n`` largest entries above ``floor``, or all of them where there are fewer."""
+        kept = floor.new_empty(0)
+        for product in products:
+            *_, values = Above(floor).select(product, bias)
+            kept = torch.cat([kept, values.to(kept.dtype)])
+            if len(kept) > 4 * n:  # what is below the n-th of some is below that of all
+                kept = kept.topk(n, sorted=False).values
+                floor = kept.min()
+        return kept.topk(min(n, len(kept)), sorted=False).values
 
 
 def _row_after_row(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

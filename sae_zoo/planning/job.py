@@ -117,7 +117,7 @@ class Job:
         entries: latents above 0 on a token, on average over the run.
         dense: whether all steps are.
         starts_dense: whether the first ones are.
-        controlled: whether L0 control ends with a calibration.
+        calibrated: whether L0 control ends with a calibration.
         n_steps, validation_every, n_validation_rows: of training.
         n_rows, n_lm_tokens: of the evaluation.
         devices: that train together, each on its share of a batch.
@@ -133,7 +133,7 @@ class Job:
     entries: float
     dense: bool
     starts_dense: bool
-    controlled: bool
+    calibrated: bool
     n_steps: int
     validation_every: int
     n_validation_rows: int
@@ -202,7 +202,7 @@ class Job:
         language model has read ahead. Its passes are added to the steps: they run beside them, but on the same
         processors.
         """
-        sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.controlled
+        sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.calibrated
         encoded = looks * self.n_validation_rows + _START_PASSES * self.n_start_rows
         seconds, flops = self._encoding(rates, encoded)
         entries = self.entries * rates.selected

@@ -1,8 +1,8 @@
 """What every SAE shares: parameters, input scale, encode and decode, and the training loss on the active set.
 
-One training step, the same for every variant: encoder GEMM -> ``selection`` (which entries are active) -> ``latents``
-(what value each takes) -> decode over the active set -> squared error + what the variant adds -> backward over the active
-set. A variant gives ``selection``, ``latents``, ``sums`` and ``terms``: its equation and nothing else. Whether a step
+One training step, the same for every variant: ``selection`` (which entries are active: one rule for the whole batch) ->
+encoder GEMM -> ``latents`` (what value each takes) -> decode over the active set -> squared error + what the variant adds
+-> backward over the active set. A variant gives ``selection``, ``latents``, ``sums`` and ``terms``: its equation and nothing else. Whether a step
 runs on the active set or densely is decided from the density that the step before measured; both give the same
 gradients, and neither holds the pre-activations of more than a chunk of tokens.
 
@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint
 from sae_zoo.functional import workspace
 from sae_zoo.functional.auxk import auxk_error
 from sae_zoo.functional.decoder import normalise_rows_, squared_error
-from sae_zoo.functional.encoder import chunk_rows, dense_pre_acts, sparse_pre_acts
+from sae_zoo.functional.encoder import chunk_rows, dense_pre_acts, products, sparse_pre_acts
 from sae_zoo.functional.kernels import has_kernels
 from sae_zoo.functional.processes import mean_over_processes
-from sae_zoo.functional.selection import Selection
+from sae_zoo.functional.selection import LargestOfBatch, Selection
 from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, sparse_decode
 from sae_zoo.saes.lightning import LightningSAE
 from sae_zoo.training.recipe import Recipe
@@ -69,11 +69,14 @@ class Counts:
 
 @dataclass(frozen=True, eq=False)
 class SAELoss:
-    """Attributes: ``total`` (what is minimised), ``terms`` (its parts by name), ``counts``."""
+    """Attributes: ``total`` (what is minimised), ``terms`` (its parts by name), ``counts``, ``selection`` (of the
+    step).
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
     counts: Counts
+    selection: Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +88,7 @@ class Step:
         target: [tokens, d_in], x - b_dec: what the decoder has to make; a constant.
         pre_acts, latents: pre-activations and the latents made from them.
         active: the active set; None on the dense path.
+        selection: the rule of the step, one for the whole batch.
         error_bound: [], the length of a token's error above which it pulls no harder.
     """
 
@@ -92,6 +96,7 @@ class Step:
     pre_acts: Tensor
     latents: Tensor
     active: ActiveSet | None
+    selection: Selection
     error_bound: Tensor
 
     @property
@@ -168,8 +173,13 @@ class SAE(LightningSAE, ABC):
     # What a variant says.
 
     @abstractmethod
-    def selection(self, *, training: bool) -> Selection:
-        """Which entries are active or, in ``training``, receive a gradient."""
+    def selection(self, *, training: bool) -> Selection | LargestOfBatch:
+        """Which entries are active or, in ``training``, receive a gradient. Of a training step it is asked once, and what
+        its ``of_batch`` makes of the whole batch is the rule of the step.
+        """
+
+    def observe(self, selection: Selection) -> None:
+        """Keep of the ``selection`` of a training step what inference needs, in a buffer that all devices agree on."""
 
     @abstractmethod
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
@@ -177,7 +187,7 @@ class SAE(LightningSAE, ABC):
         latent of each entry.
         """
 
-    def dense_latents(self, pre_acts: Tensor, *, training: bool) -> Tensor:
+    def dense_latents(self, pre_acts: Tensor, selection: Selection) -> Tensor:
         """Values of all latents [tokens, d_sae]; not :meth:`latents` alone where a row's choice is not elementwise."""
         return self.latents(pre_acts, None)
 
@@ -213,6 +223,28 @@ class SAE(LightningSAE, ABC):
         """Raise what pre-activations have to exceed by ``shift`` [d_sae], normalised units (negative: lower it)."""
         getattr(self, self.encoder_bias).sub_(shift)
 
+    # What is saved: weights that act on raw activations.
+
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        """Weights by the field's names, with the input scale C and the subtraction of ``b_dec`` folded in: b_enc' = C b_enc
+        - C W_enc b_dec, b_dec' = C b_dec. A variant adds its own.
+        """
+        bias = getattr(self, self.encoder_bias)
+        return {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.input_scale * self.b_dec,
+                self.encoder_bias: self.input_scale * (bias - self.encoded_b_dec)}
+
+    @property
+    def encoded_b_dec(self) -> Tensor:
+        """[d_sae]: what a bias on the encoder's output loses where ``b_dec`` is no longer subtracted."""
+        return self.b_dec @ self.W_enc if self.subtract_b_dec else torch.zeros_like(getattr(self, self.encoder_bias))
+
+    @torch.no_grad()
+    def load_folded(self, weights: dict[str, Tensor]) -> None:
+        """Take what :meth:`folded` gives, of an SAE with scale 1 that subtracts nothing."""
+        for name in ("W_enc", "W_dec", "b_dec", self.encoder_bias):
+            getattr(self, name).copy_(weights[name])
+
     # Raw activations in, raw reconstruction out.
 
     def _normalise(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -226,7 +258,7 @@ class SAE(LightningSAE, ABC):
     def encode(self, x: Tensor) -> Tensor:
         """Latents [batch, d_sae], in raw units, of raw activations [batch, d_in]; differentiable."""
         pre_acts = torch.addmm(getattr(self, self.encoder_bias), self._centre(self._normalise(x)), self.W_enc)
-        return self.dense_latents(pre_acts, training=False) * self.input_scale
+        return self.dense_latents(pre_acts, self.selection(training=False)) * self.input_scale
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCode:
@@ -256,15 +288,21 @@ class SAE(LightningSAE, ABC):
 
     # The training step.
 
-    def run(self, target: Tensor, *, sparse: bool, error_bound: Tensor) -> Step:
+    def run(self, target: Tensor, selection: Selection, *, sparse: bool, error_bound: Tensor) -> Step:
         """The encoder's half of a step, of normalised activations less ``b_dec``, [tokens, d_in]."""
         b_dec = self.b_dec if self.subtract_b_dec else None
         arguments = (self._encoder_input(target), self.W_enc, getattr(self, self.encoder_bias), b_dec)
         if sparse:
-            pre_acts, active = sparse_pre_acts(*arguments, self.selection(training=True))
-            return Step(target, pre_acts, self.latents(pre_acts, active.latent_ids), active, error_bound)
+            pre_acts, active = sparse_pre_acts(*arguments, selection)
+            return Step(target, pre_acts, self.latents(pre_acts, active.latent_ids), active, selection, error_bound)
         pre_acts = dense_pre_acts(*arguments)
-        return Step(target, pre_acts, self.dense_latents(pre_acts, training=True), None, error_bound)
+        return Step(target, pre_acts, self.dense_latents(pre_acts, selection), None, selection, error_bound)
+
+    def selection_of(self, target: Tensor) -> Selection:
+        """The rule of a training step on normalised activations less ``b_dec``, [batch, d_in]."""
+        bias = getattr(self, self.encoder_bias).detach()
+        return self.selection(training=True).of_batch(
+            lambda: products(self._encoder_input(target), self.W_enc), bias, len(target))
 
     def _encoder_input(self, target: Tensor) -> Tensor:
         return target if self.subtract_b_dec else target + self.b_dec.detach()
@@ -275,15 +313,16 @@ class SAE(LightningSAE, ABC):
         excess = self.excess(step.pre_acts, step.latent_ids) * firing
         if step.active is None:
             tokens_of, excess_of = firing.sum(0, dtype=torch.float32), excess.sum(0, dtype=torch.float32)
-            n_selected = self.selection(training=True).mask(step.pre_acts).sum()
+            n_selected = step.selection.mask(step.pre_acts).sum()
         else:
             tokens_of, excess_of = map(step.active.sum_by_latent, (firing.float(), excess.float()))
             n_selected = torch.tensor(len(firing), device=firing.device)
         return Counts(tokens_of, excess_of, n_selected, error_norms.square().sum(dtype=torch.float64),
                       error_norms.clamp_max(step.error_bound).sum(dtype=torch.float64), len(step.target))
 
-    def _piece(self, target: Tensor, sparse: bool, error_bound: Tensor) -> tuple[dict[str, Tensor], Counts, Tensor]:
-        step = self.run(target, sparse=sparse, error_bound=error_bound)
+    def _piece(self, target: Tensor, selection: Selection, sparse: bool, error_bound: Tensor
+               ) -> tuple[dict[str, Tensor], Counts, Tensor]:
+        step = self.run(target, selection, sparse=sparse, error_bound=error_bound)
         sums = self.sums(step)  # first: what they use up to a sum is free again for the reconstruction
         sums["reconstruction"], error, norms = step.squared_error(step.latents, self.W_dec, self.b_dec)
         return sums, self._counts(step, norms), error
@@ -322,11 +361,13 @@ class SAE(LightningSAE, ABC):
         piece_of = self._piece_on(x.device, sparse)
         with torch.no_grad():
             target = self._normalise(x, workspace.empty(*x.shape, like=self.b_dec)).sub_(self.b_dec)
+            selection = self.selection_of(target)
         rows = len(x) if sparse else chunk_rows(x, self.d_sae)
         if rows >= len(x):
-            pieces = [piece_of(target, sparse, bound)]
+            pieces = [piece_of(target, selection, sparse, bound)]
         else:  # nothing of a chunk but its sums and error is kept for the backward pass, which computes it again
-            pieces = [checkpoint(piece_of, piece, sparse, bound, use_reentrant=False) for piece in target.split(rows)]
+            pieces = [checkpoint(piece_of, piece, selection, sparse, bound, use_reentrant=False)
+                      for piece in target.split(rows)]
         sums, counts, errors = zip(*pieces, strict=True)
         means = mean_over_processes({name: sum(piece[name] for piece in sums) / len(x) for name in sums[0]})
         reconstruction = means.pop("reconstruction")
@@ -335,4 +376,4 @@ class SAE(LightningSAE, ABC):
         return SAELoss(sum(terms.values()), terms, Counts(
             sum(c.tokens_of for c in counts), sum(c.excess_of for c in counts),
             sum(c.n_selected for c in counts), sum(c.squared_error for c in counts),
-            sum(c.bounded_error for c in counts), len(x)))
+            sum(c.bounded_error for c in counts), len(x)), selection)

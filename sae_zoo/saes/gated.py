@@ -54,6 +54,18 @@ class GatedSAE(SAE):
         b_gate, b_mag, r_mag = (at_latents(p, ids) for p in (self.b_gate, self.b_mag, self.r_mag))
         return torch.relu(r_mag.exp() * (pre_acts - b_gate) + b_mag) * (pre_acts > 0)
 
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        # The magnitude path sees the encoder through exp(r_mag).
+        b_mag = self.input_scale * (self.b_mag - self.encoded_b_dec * self.r_mag.exp())
+        return {**super().folded(), "b_mag": b_mag, "r_mag": self.r_mag}
+
+    @torch.no_grad()
+    def load_folded(self, weights: dict[str, Tensor]) -> None:
+        super().load_folded(weights)
+        self.b_mag.copy_(weights["b_mag"])
+        self.r_mag.copy_(weights["r_mag"])
+
     def sums(self, step: Step) -> dict[str, Tensor]:
         gate = torch.relu(step.pre_acts)
         error, *_ = step.squared_error(gate, self.W_dec.detach(), None)

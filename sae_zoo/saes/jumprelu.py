@@ -98,6 +98,15 @@ class JumpReLUSAE(SAE):
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
         return jumprelu(pre_acts, self.threshold, ids=ids, **self.window)
 
+    @torch.no_grad()
+    def folded(self) -> dict[str, Tensor]:
+        return {**super().folded(), "threshold": self.input_scale * self.threshold}
+
+    @torch.no_grad()
+    def load_folded(self, weights: dict[str, Tensor]) -> None:
+        super().load_folded(weights)
+        self.start_at(weights["threshold"])
+
     def sums(self, step: Step) -> dict[str, Tensor]:
         if self.penalty == "l1":
             active = step.pre_acts > step.of_latent(self.threshold.detach())

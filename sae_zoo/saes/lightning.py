@@ -70,7 +70,8 @@ class LightningSAE(pl.LightningModule):
         ValueError: if a value is out of bounds.
     """
 
-    has_coefficient: ClassVar[bool] = True  # False where the equation fixes L0
+    has_coefficient: ClassVar[bool] = True  # of a sparsity term; False where the equation fixes L0 in training
+    has_threshold: ClassVar[bool] = True  # whether raising what latents have to exceed lowers L0 outside training
     lr_l0_multiple: ClassVar[float | None] = None  # of recipe.lr_l0, above which rates fall; None where they do not
 
     def __init__(self, *, d_sae: int, recipe: Recipe | None, l0_target: float | None,
@@ -82,6 +83,9 @@ class LightningSAE(pl.LightningModule):
             raise ValueError(f"sparsity_coefficient is {sparsity_coefficient}; it must not be negative")
         if not initial_coefficient > 0:
             raise ValueError(f"initial_coefficient is {initial_coefficient}; it must be positive")
+        if sparsity_coefficient is not None and not self.has_coefficient:
+            raise ValueError(f"sae.sparsity_coefficient is {sparsity_coefficient}; {self.variant} has no sparsity "
+                             "coefficient, give l0_target instead")
         if recipe is not None and l0_target is None and sparsity_coefficient is None:
             raise ValueError("l0_target is null and sae.sparsity_coefficient too; give one, to say how sparse to be")
         if recipe is not None and self.has_coefficient and sparsity_coefficient is None and not recipe.l0_control:
@@ -161,8 +165,17 @@ class LightningSAE(pl.LightningModule):
 
     @property
     def controlled(self) -> bool:
-        """Whether L0 control drives this SAE."""
-        return (self.has_coefficient and self.l0_target is not None and self.sparsity_coefficient is None
+        """Whether L0 control drives this SAE's coefficient."""
+        return self.has_coefficient and self._aims_at_l0
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether L0 control ends with :meth:`calibrate`."""
+        return self.has_threshold and self._aims_at_l0
+
+    @property
+    def _aims_at_l0(self) -> bool:
+        return (self.l0_target is not None and self.sparsity_coefficient is None
                 and (self.recipe is None or self.recipe.l0_control))
 
     @torch.no_grad()
@@ -171,9 +184,9 @@ class LightningSAE(pl.LightningModule):
         activations ``x`` [n, d_in] is the target. Training ends within a few percent of it; this takes the rest.
 
         Returns:
-            None without L0 control.
+            None without L0 control, or a threshold.
         """
-        if not self.controlled:
+        if not self.calibrated:
             return None
         start = {k: v.clone() for k, v in self.state_dict().items()}
 
@@ -279,6 +292,7 @@ class LightningSAE(pl.LightningModule):
         if not torch.isfinite(loss.total):
             raise ValueError(f"loss is {loss.total.item()} at step {self.global_step}; lower recipe.lr "
                              f"({self.recipe.lr}) or check the activations")
+        self.observe(loss.selection)
         l0, error = self._count(loss.counts)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # when Lightning hands it to the loggers
             x = self._normalise(batch)

@@ -30,13 +30,11 @@ class TopKSAE(SAE):
 
     variant = "topk"
     has_coefficient = False
+    has_threshold = False
     lr_l0_multiple = 1.5  # it bears more: nobody falls below a threshold for good
 
     def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, recall: float = 1.0,
                  l0_target: float | None = None, **common: Any):
-        if common.get("sparsity_coefficient") is not None:
-            raise ValueError(f"sae.sparsity_coefficient is {common['sparsity_coefficient']}; topk has no sparsity "
-                             "coefficient, give l0_target instead")
         k = l0_target if k is None else k
         if k is None or k != int(k) or not 0 < k <= common["d_sae"]:
             raise ValueError(f"l0_target is {k}; topk needs a whole number from 1 to d_sae = {common['d_sae']}")
@@ -61,8 +59,8 @@ class TopKSAE(SAE):
     def latents(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
         return torch.relu(pre_acts)
 
-    def dense_latents(self, pre_acts: Tensor, *, training: bool) -> Tensor:
-        return self.latents(pre_acts * self.selection(training=training).mask(pre_acts), None)
+    def dense_latents(self, pre_acts: Tensor, selection: Selection) -> Tensor:
+        return self.latents(pre_acts * selection.mask(pre_acts), None)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         return {}

@@ -21,7 +21,7 @@ HARVEST = Harvest(widths=(512,), n_tokens={"train": 100_000, "validation": 10_00
 LM = LMCost(GB, 512, HARVEST.cost, 9 * 10**10, 2**20, Cost(2 * 10**11, 10**9), Cost(5 * 10**11, 10**9))
 SAE = SAECost(batch=1024, d_in=512, d_sae=4096, auxk=True, n_parameters=4_200_000, parameter_bytes=16_800_000,
               state_bytes=16_800_000, products=5, dense=Cost(10**11, 10**8))
-JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, starts_dense=False, controlled=False,
+JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, starts_dense=False, calibrated=False,
           n_steps=1000, validation_every=50, n_validation_rows=8192, n_rows=10_000, n_lm_tokens=4096, devices=1)
 
 
@@ -69,7 +69,7 @@ def test_a_training_step_by_hand():
 
 def test_a_start_and_a_calibration_by_hand():
     """Three passes over the rows of the start and five over the validation rows, 4,096 latents each."""
-    none, both = (phases(job)["training"] for job in (JOB, replace(JOB, n_start_rows=1000, controlled=True)))
+    none, both = (phases(job)["training"] for job in (JOB, replace(JOB, n_start_rows=1000, calibrated=True)))
     assert both.seconds - none.seconds == pytest.approx((3 * 1000 + 5 * 8192) * 4096 * 1e-9)
     assert both.flops - none.flops == pytest.approx((3 * 1000 + 5 * 8192) * 2 * 512 * 4096)
 

@@ -222,7 +222,7 @@ def test_options_that_make_no_sense_are_one_line(variant, options, message):
 
 def test_approximate_topk_is_of_training_alone():
     sae, x = make("topk", d_in=8, d_sae=64, l0_target=8, recall=0.7)
-    trained = sae.dense_latents(pre_activations(sae, x), training=True)
+    trained = sae.dense_latents(pre_activations(sae, x), sae.selection(training=True))
     exact = sae.encode(x)
     assert (trained > 0).sum() == (exact > 0).sum() == 64 and not torch.equal(trained > 0, exact > 0)
     torch.testing.assert_close(exact, sae.encode_sparse(x).to_dense())
