@@ -50,6 +50,8 @@ _WITHOUT_EFFECT = ("output_dir", "sweep", "logger", "trainer.progress_bar", "tra
 _SPELLED_OUT = ("experiment", "sae", "lm", "hook", "hook.layer", "hook.site", "l0_target", "seed")
 # Settings of the trainer that sweeps compare; the others are not for a name.
 _NAMED_OF_TRAINER = ("trainer.precision", "trainer.gradient_clip_val")
+# Overrides that say where, if not at the one place of conf/train.yaml.
+_PLACE = ("lm", "hook.layer", "hook.site")
 # Overrides that make runs incomparable: they name the sweep, all others the job.
 _OF_SWEEP = ("recipe", "recipe.n_steps", "recipe.batch_size", "d_sae")
 _GROUPS_OF_SWEEP = ("corpus", "data", "lm", "evaluation")
@@ -177,14 +179,17 @@ def _overrides(root: DictConfig, *, of_sweep: bool) -> list[str]:
 
 def _sweep_name(_root_: DictConfig) -> str:
     experiment = _root_.hydra.runtime.choices.get("experiment")
+    place = (f"{_root_.lm.name}-{_root_.hook.site}.{_root_.hook.layer}" if _root_.data.name != "file"
+             else Path(_root_.data.path).stem)
+    # A sweep with a name of its own, and an experiment, may go over several places, whose jobs have the same names: a
+    # folder each, in one of its own.
     if experiment is None and _root_.sweep is not None:
-        return _file_name(str(_root_.sweep))
-    parts = [f"{_root_.lm.name}-{_root_.hook.site}.{_root_.hook.layer}" if _root_.data.name != "file"
-             else Path(_root_.data.path).stem]
-    folder = _file_name("-".join([*parts, *_overrides(_root_, of_sweep=True)]))
+        chosen = {override.split("=")[0].lstrip("+") for override in _root_.hydra.overrides.task}
+        sweep = _file_name(str(_root_.sweep))
+        return f"{sweep}/{_file_name(place)}" if chosen & set(_PLACE) else sweep
+    folder = _file_name("-".join([place, *_overrides(_root_, of_sweep=True)]))
     if experiment is None:
         return folder
-    # An experiment may go over several hook points, whose jobs have the same names: a folder each, in one of its own.
     return f"{_file_name(str(experiment if _root_.sweep is None else _root_.sweep))}/{folder}"
 
 

@@ -87,9 +87,17 @@ def test_a_frontier_that_fails_is_one_line_after_a_finished_sweep(run, sweep, mo
 
 
 def test_another_config_in_the_same_folder_is_refused(run, sweep):
-    status, printed = run("sweep=demo", "sae=topk", "l0_target=10", "hook.layer=2")
+    status, printed = run("sweep=demo", "sae=topk", "l0_target=10", "lm.context_size=64")
     assert status == 2 and "holds a finished run of another config" in printed
-    assert read_record(sweep / "topk-l0_10-seed_0")["hook"] == "residual.3"
+    assert read_record(sweep / "topk-l0_10-seed_0")["status"] == "finished"
+
+
+def test_a_named_sweep_over_places_has_a_folder_for_each(run, root):
+    status, printed = run("-m", "sweep=places", "sae=topk", "l0_target=10", "hook.layer=1,3", "recipe.n_steps=2")
+    assert status == 0, printed
+    for layer in (1, 3):
+        folder = root / f"runs/places/builtin-residual.{layer}"
+        assert read_record(folder / "topk-l0_10-seed_0")["hook"] == f"residual.{layer}" and (folder / "frontier.png").exists()
 
 
 def test_a_failing_job_leaves_its_record_and_the_rest_goes_on(run, root):
@@ -115,7 +123,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(run, root, monke
     assert read_record(job)["status"] == "failed"
     checkpoint = torch.load(job / "checkpoints/000000020.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 20 and checkpoint["state_dict"]["W_dec"].isfinite().all()
-    status, printed = run("sweep=nan", "sae=topk", "l0_target=10", "hook.layer=2")
+    status, printed = run("sweep=nan", "sae=topk", "l0_target=10", "lm.context_size=64")
     assert status == 2 and "holds a half-trained run of another config" in printed
 
 
