@@ -31,6 +31,7 @@ from sae_zoo.functional.selection import LargestOfBatch, Selection
 from sae_zoo.functional.sparse_code import ActiveSet, SparseCode, sparse_decode
 from sae_zoo.saes.lightning import LightningSAE
 from sae_zoo.training.recipe import Recipe
+from sae_zoo.training.schedules import auxk_factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,6 +337,11 @@ class SAE(LightningSAE, ABC):
             self._compiled_piece = torch.compile(self._piece, dynamic=False)
         return self._compiled_piece
 
+    @property
+    def auxk_weight(self) -> float:
+        """Of the AuxK loss, in this run."""
+        return self.auxk_coefficient * auxk_factor(self.recipe.n_steps, self.recipe.auxk_full_steps)
+
     def _auxk(self, target: Tensor, errors: Sequence[Tensor], mean_error: Tensor) -> dict[str, Tensor]:
         dead = self.dead.nonzero().squeeze(1) if self.auxk_coefficient else ()
         if not len(dead):
@@ -347,7 +353,7 @@ class SAE(LightningSAE, ABC):
         missed = auxk_error(self._encoder_input(target), residual, self.W_enc.index_select(1, dead), bias,
                             self.W_dec.index_select(0, dead), self.d_in // 2)
         # Over what there was to make, as in the authors' code.
-        return mean_over_processes({"auxk": self.auxk_coefficient * missed / (len(target) * mean_error.clamp_min(1e-12))})
+        return mean_over_processes({"auxk": self.auxk_weight * missed / (len(target) * mean_error.clamp_min(1e-12))})
 
     def loss(self, x: Tensor, *, sparse: bool | None = None) -> SAELoss:
         """The training loss of raw activations [batch, d_in], in normalised units.

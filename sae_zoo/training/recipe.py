@@ -37,6 +37,7 @@ class Recipe:
             1964): one row of a huge norm else moves most latents the same way in a single step.
         dead_after_tokens: a latent that was silent for so many tokens counts as dead in training (AuxK); None: see
             :attr:`sae_zoo.saes.lightning.LightningSAE.dead_after_tokens`.
+        auxk_full_steps: None, or see :func:`sae_zoo.training.schedules.auxk_factor`.
 
     Raises:
         ValueError: if a value is out of bounds.
@@ -67,6 +68,7 @@ class Recipe:
     control_integral: float
     error_bound: float | None
     dead_after_tokens: int | None
+    auxk_full_steps: int | None
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "batch_size", "lr", "decoder_lr", "free_decoder_lr", "threshold_lr", "bias_lr", "adam_eps"):
@@ -86,6 +88,6 @@ class Recipe:
             raise ValueError(f"recipe.decoder_start is {self.decoder_start!r}; choose random or data")
         if self.threshold_start not in ("fixed", "quantile"):
             raise ValueError(f"recipe.threshold_start is {self.threshold_start!r}; choose fixed or quantile")
-        for name in ("lr_l0", "error_bound", "dead_after_tokens"):
+        for name in ("lr_l0", "error_bound", "dead_after_tokens", "auxk_full_steps"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive or null")

@@ -26,3 +26,14 @@ def decays(step: int, *, n_steps: int, decay_fraction: float) -> bool:
 def warmup_factor(step: int, warmup_steps: int) -> float:
     """Linear from 0 to 1 over ``warmup_steps``, then 1."""
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def auxk_factor(n_steps: int, full_steps: int | None) -> float:
+    """By what the AuxK loss is multiplied in a run of ``n_steps``: by one from ``full_steps`` on, in shorter ones in proportion
+    by more, four at most.
+
+    Adam divides the gradient of a latent that died by what it was while it lived, for about 1 / (1 - beta2) steps: without
+    more weight, most of a short run is over before such a latent has moved. A long run has the time, and there a high
+    weight pulls rare latents, which are silent for a while and then useful, off their features.
+    """
+    return 1.0 if full_steps is None else max(1.0, min(4.0, full_steps / n_steps))

@@ -84,7 +84,7 @@ def auxk(sae, x, x_hat):
     pre_acts = ((x - sae.b_dec).detach() @ sae.W_enc + bias).masked_fill(~dead, -torch.inf)
     largest = pre_acts >= pre_acts.topk(D_IN // 2, dim=1).values[:, -1:]
     e_hat = torch.where(largest, pre_acts.clamp_min(0), 0) @ sae.W_dec
-    return sae.auxk_coefficient * (residual - e_hat).square().sum() / whole
+    return sae.auxk_weight * (residual - e_hat).square().sum() / whole
 
 
 def huber(error, bound):

@@ -15,7 +15,7 @@ def recipe(**changes):
         "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
         "b_dec_start": "zero", "decoder_start": "random", "threshold_start": "fixed",
         "l0_control": True, "control_shift": 0.0, "control_proportional": 0.1, "control_integral": 0.01, "error_bound": None,
-        "dead_after_tokens": 100,
+        "dead_after_tokens": 100, "auxk_full_steps": None,
     }
     return Recipe(**values | changes)
 

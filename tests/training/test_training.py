@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from sae_zoo.config import CONFIG_DIR, build_recipe
 from sae_zoo.training.control import l0_error, next_log_coefficient
-from sae_zoo.training.schedules import decays, lr_factor, warmup_factor
+from sae_zoo.training.schedules import auxk_factor, decays, lr_factor, warmup_factor
 
 
 def test_learning_rate():
@@ -23,6 +23,10 @@ def test_learning_rate():
 def test_other_schedules():
     assert [warmup_factor(s, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
     assert warmup_factor(0, 0) == 1
+
+
+def test_auxk_weighs_more_in_a_short_run():
+    assert [auxk_factor(n, 2000) for n in (1, 500, 1000, 2000, 10**6)] == [4, 4, 2, 1, 1] and auxk_factor(1, None) == 1
 
 
 def test_error_is_symmetric_and_cut():
