@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sae_zoo.saes.io import load_sae
 
+__version__ = "0.1.0"
 __all__ = ["load_sae"]
 
 
