@@ -36,7 +36,7 @@ _CALIBRATION_ROWS = 4096
 # A latent's mean excess is one over about so many of the last tokens on which it was active.
 _EXCESS_TOKENS = 20.0
 # See LightningSAE.dead_after_tokens.
-_DEAD_AFTER_TOKENS, _DEAD_AFTER_GAPS = 2500, 50
+_DEAD_AFTER_TOKENS, _DEAD_AFTER_GAPS, _DEAD_AFTER_SHARE = 2500, 50, 0.01
 # What a random direction weighs beside that of a row of data in a latent's start. It tells apart latents that start at the same
 # row, and leaves fewer silent than rows alone, at the same FVU: of TopK's at L0 20, mlp.15 of SmolLM2 0.5 instead of 2.8 %,
 # attention.15 6 instead of 10 %, attention.2 14 instead of 15 % (analysis/LOG.md).
@@ -271,14 +271,16 @@ class LightningSAE(pl.LightningModule):
     @property
     def dead_after_tokens(self) -> float:
         """Tokens of silence after which a latent counts as dead: the recipe's, or, where that is null, 50 times as many as a
-        latent of mean frequency is silent for, but at least 2,500, and beyond that at most a tenth of the run.
+        latent of mean frequency is silent for, but at least 2,500 and a hundredth of the run, and beyond that at most a
+        tenth of it.
         """
         recipe = self.recipe
         if recipe.dead_after_tokens is not None:
             return recipe.dead_after_tokens
         l0 = self.l0_target or float(self.density) * self.d_sae
         gap = self.d_sae / max(l0, 1.0)
-        return max(_DEAD_AFTER_TOKENS, min(_DEAD_AFTER_GAPS * gap, recipe.n_steps * recipe.batch_size / 10))
+        n_tokens = recipe.n_steps * recipe.batch_size
+        return max(_DEAD_AFTER_TOKENS, _DEAD_AFTER_SHARE * n_tokens, min(_DEAD_AFTER_GAPS * gap, n_tokens / 10))
 
     @property
     def dead(self) -> Tensor:

@@ -45,13 +45,16 @@ def test_sum_over_dimensions_mean_over_batch():
 
 
 @pytest.mark.parametrize("d_sae, target, given, expected", [
-    (4096, 20, None, 10240), (4096, 80, None, 2560), (256, 40, None, 2500), (65536, 5, None, 200000), (16384, 5, 7, 7)])
+    (16384, 20, None, 40960), (4096, 80, None, 20000), (65536, 5, None, 200000), (16384, 5, 7, 7)])
 def test_a_latent_is_dead_after_so_many_tokens(d_sae, target, given, expected):
     sae, _ = make("topk", d_sae=d_sae, l0_target=target,
                   recipe=recipe(dead_after_tokens=given, n_steps=2000, batch_size=1000))
     assert sae.dead_after_tokens == expected
     sae.tokens_since_fired[:3] = expected
     assert int(sae.dead.sum()) == 3
+    if given is None:
+        sae.recipe = recipe(dead_after_tokens=None, n_steps=100, batch_size=1000)
+        assert sae.dead_after_tokens == max(2500, min(10000, 50 * d_sae / target))
 
 
 @pytest.mark.parametrize("variant, target, factor", [
