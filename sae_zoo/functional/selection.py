@@ -102,7 +102,7 @@ class LargestOfBatch:
 
     def of_batch(self, products: Callable[[], Iterable[Tensor]], bias: Tensor, n_rows: int) -> Above:
         """See :meth:`Selection.of_batch`."""
-        n = round(self.k * n_rows)
+        n = max(1, round(self.k * n_rows))
         largest = self._largest(products(), bias, n, self.guess.clamp_min(0) / 2)
         if len(largest) < n:  # the guess was too high
             largest = self._largest(products(), bias, n, torch.zeros_like(self.guess))
