@@ -234,5 +234,5 @@ def test_seconds_of_runs_are_a_remark_only():
     ("step.json", {"variants": {"topk": 1}})])
 def test_files_that_are_something_else_are_refused(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"{name} is not .*write it again with python -m analysis"):
+    with pytest.raises(ValueError, match=f"{name} is not .*write it again with python -m (analysis.theory|benchmarks step)"):
         judge(Evidence([tmp_path]))
