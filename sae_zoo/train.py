@@ -126,7 +126,9 @@ def fit(cfg: DictConfig, source: Source, run_dir: Path, *,
 
 def _notes(sae: SAE, calibration: Calibration | None, record: dict[str, Any]) -> list[str]:
     """What somebody who reads the result must know, in words."""
-    notes = list(sae.notes)
+    # One that was said while it trained may be over: ReLU and JumpReLU recover from some.
+    notes = [f"{note}; at the end {record['dead_fraction']:.1%} of the latents are silent, FVU is {record['fvu']:.3f}"
+             for note in sae.notes]
     if calibration is not None and abs(calibration.shift) > CALIBRATION_TOLERANCE:
         notes.append(f"calibration moved thresholds by {calibration.shift:+.1%} of their mean excess (L0 "
                      f"{calibration.l0_before:.1f} to {calibration.l0_after:.1f}, FVU {calibration.fvu_before:.4f} to "

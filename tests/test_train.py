@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -290,3 +291,10 @@ def test_the_readme_commands_compose():
 def test_records_are_plain_json(sweep):
     text = (sweep / "topk-l0_10-seed_0" / "record.json").read_text()
     assert all(not isinstance(v, (list,)) for v in json.loads(text).values())
+
+
+def test_a_collapse_is_told_with_how_the_run_ended():
+    sae = types.SimpleNamespace(notes=["collapsed at step 420: 21% of the latents are dead"])
+    record = {"l0_missed": False, "fvu": 0.2362, "dead_fraction": 0.035}
+    assert train._notes(sae, None, record) == [
+        "collapsed at step 420: 21% of the latents are dead; at the end 3.5% of the latents are silent, FVU is 0.236"]
