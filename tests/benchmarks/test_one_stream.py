@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks import one_stream
 from benchmarks.__main__ import main
+from sae_zoo.saes import variants
 
 
 def test_one_stream(capsys, tmp_path, monkeypatch):
@@ -27,8 +28,11 @@ def test_one_stream(capsys, tmp_path, monkeypatch):
             / (row["apart_seconds"] - row["apart_opening_seconds"]))
 
 
-@pytest.mark.parametrize("saes", ["0", "13", "a", "1,,2"])
+MOST = len(one_stream.TARGETS) * len(variants())
+
+
+@pytest.mark.parametrize("saes", ["0", str(MOST + 1), "a", "1,,2"])
 def test_bad_numbers(saes, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["one_stream", "--saes", saes])
-    assert stopped.value.code == 2 and "is no list of numbers from 1 to 12" in capsys.readouterr().err
+    assert stopped.value.code == 2 and f"is no list of numbers from 1 to {MOST}" in capsys.readouterr().err
