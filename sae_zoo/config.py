@@ -165,10 +165,14 @@ def _file_name(text: str) -> str:
     return f"{safe[:80]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+~")
+
+
 def _overrides(root: DictConfig, *, of_sweep: bool) -> list[str]:
     chosen = []
     for override in sorted(root.hydra.overrides.task):
-        key = override.split("=")[0].lstrip("+~")
+        key = _key(override)
         of_trainer = _is_or_below(key, ("trainer",)) and key not in _NAMED_OF_TRAINER
         if key in _SPELLED_OUT or of_trainer or _is_or_below(key, _WITHOUT_EFFECT):
             continue
@@ -184,9 +188,9 @@ def _sweep_name(_root_: DictConfig) -> str:
     # A sweep with a name of its own, and an experiment, may go over several places, whose jobs have the same names: a
     # folder each, in one of its own.
     if experiment is None and _root_.sweep is not None:
-        chosen = {override.split("=")[0].lstrip("+") for override in _root_.hydra.overrides.task}
         sweep = _file_name(str(_root_.sweep))
-        return f"{sweep}/{_file_name(place)}" if chosen & set(_PLACE) else sweep
+        of_place = any(_key(override) in _PLACE for override in _root_.hydra.overrides.task)
+        return f"{sweep}/{_file_name(place)}" if of_place else sweep
     folder = _file_name("-".join([place, *_overrides(_root_, of_sweep=True)]))
     if experiment is None:
         return folder

@@ -29,7 +29,7 @@ _ROWS_WAITING = 1 << 27  # bytes of rows that a cache's writer collects
 _BATCHES_READ_AHEAD = 4  # one in use, two waiting, one being read
 _FORWARD_PASSES = 2  # of the language model for each SAE: clean, spliced
 _ATTRIBUTED_POSITIONS = 2  # gradients a row
-_CALIBRATION_PASSES = 5  # over the validation rows, when L0 control ends: 4 to 6
+_CALIBRATION_PASSES = 5  # over the validation rows, when L0 control ends: about four looks, which decode too
 _START_PASSES = 3  # over the rows of a start: encode, find quantiles, decode, each about as long as to encode
 # Of a training step, around it: Lightning's loop, counters, L0 control.
 _STEP_SECONDS = 2e-3

@@ -192,13 +192,13 @@ class SAE(LightningSAE, ABC):
         """Values of all latents [tokens, d_sae]; not :meth:`latents` alone where a row's choice is not elementwise."""
         return self.latents(pre_acts, None)
 
-    @abstractmethod
     def sums(self, step: Step) -> dict[str, Tensor]:
         """What the loss takes from a step beside the squared error, each a sum over its tokens."""
+        return {}
 
-    @abstractmethod
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """Loss terms, coefficients included, from :meth:`sums` over the batch divided by its tokens."""
+        return {}
 
     @property
     def unit_norm_decoder(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_zoo.functional.processes import mean_over_processes
 from sae_zoo.functional.selection import Above, LargestOfBatch, Selection
-from sae_zoo.saes.base import SAE, Step
+from sae_zoo.saes.base import SAE
 
 _NEWEST = 0.01  # weight of the newest batch in the threshold
 _LEAST_THRESHOLD = 1e-6
@@ -63,9 +63,3 @@ class BatchTopKSAE(SAE):
     def load_folded(self, weights: dict[str, Tensor]) -> None:
         super().load_folded(weights)
         self.threshold.copy_(weights["threshold"][0])
-
-    def sums(self, step: Step) -> dict[str, Tensor]:
-        return {}
-
-    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {}

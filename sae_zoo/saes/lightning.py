@@ -190,36 +190,31 @@ class LightningSAE(pl.LightningModule):
             return None
         start = {k: v.clone() for k, v in self.state_dict().items()}
 
-        def move(shift: float) -> None:
-            self.load_state_dict(start)
-            self.raise_thresholds(shift * self.mean_excess)
-
-        before = self._l0_and_error(x)
-        l0, shift, low, high = before[0], 0.0, -_LARGEST_SHIFT, _LARGEST_SHIFT
+        before = after = self._l0_and_error(x)
+        shift, low, high = 0.0, -_LARGEST_SHIFT, _LARGEST_SHIFT
         for _ in range(_CALIBRATION_LOOKS):
-            error = math.log(max(l0, 1e-9) / self.l0_target)
+            error = math.log(max(after[0], 1e-9) / self.l0_target)
             if abs(error) < _CALIBRATED_WITHIN:
                 break
             low, high = (shift, high) if error > 0 else (low, shift)
             # An excess divides L0 by about e (see sae_zoo.training.control.threshold_shift); where that leads out, halve.
             guess = shift + error
             shift = guess if low < guess < high else (low + high) / 2
-            move(shift)
-            l0, _ = self._l0_and_error(x, error=False)
-        after = self._l0_and_error(x) if shift else before
+            self.load_state_dict(start)
+            self.raise_thresholds(shift * self.mean_excess)
+            after = self._l0_and_error(x)
         variance = float((x.double() - x.double().mean(0)).square().sum())
         return Calibration(shift, before[0], after[0], before[1] / variance, after[1] / variance)
 
-    def _l0_and_error(self, x: Tensor, *, error: bool = True) -> tuple[float, float]:
-        """L0, and if it is asked for the summed squared error, of raw activations [n, d_in]."""
-        n_active, total = 0, 0.0
+    def _l0_and_error(self, x: Tensor) -> tuple[float, float]:
+        """L0, and the summed squared error, of raw activations [n, d_in]."""
+        n_active, error = 0, 0.0
         for rows in x.split(_CALIBRATION_ROWS):
             rows = rows.to(self.device)
             code = self.encode_sparse(rows)
             n_active += int((code.values > 0).sum())
-            if error:
-                total += float((self.decode(code) - rows).square().sum(1).double().sum())
-        return n_active / len(x), total
+            error += float((self.decode(code) - rows).square().sum(1).double().sum())
+        return n_active / len(x), error
 
     # Optimiser and schedules.
 

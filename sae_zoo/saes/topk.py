@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae_zoo.functional.bucketed_topk import buckets_for
 from sae_zoo.functional.selection import Largest, LargestOfBuckets, Selection
-from sae_zoo.saes.base import SAE, Step
+from sae_zoo.saes.base import SAE
 
 
 class TopKSAE(SAE):
@@ -61,9 +61,3 @@ class TopKSAE(SAE):
 
     def dense_latents(self, pre_acts: Tensor, selection: Selection) -> Tensor:
         return self.latents(pre_acts * selection.mask(pre_acts), None)
-
-    def sums(self, step: Step) -> dict[str, Tensor]:
-        return {}
-
-    def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {}
