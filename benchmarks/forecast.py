@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.quality import align
+from benchmarks.step import _CLEAR_REFS, _status
 
 # Names of functions in sae_zoo.train, and the phase that each is.
 _PHASES = {"open_source": "harvest", "fit": "training", "evaluate_sae": "evaluation"}
@@ -79,22 +80,10 @@ class _Flops(TorchDispatchMode):
         return result
 
 
-def _peak_bytes() -> int | None:
-    """The largest resident memory since :func:`_forget_peak`; None where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-
-
-def _forget_peak() -> None:
-    if (file := Path("/proc/self/clear_refs")).exists():
-        file.write_text("5")
-
-
 def _measured(function: Callable[..., Any], into: dict[str, Any], *, count: bool) -> Callable[..., Any]:
     def measured(*args: Any, **kwargs: Any) -> Any:
-        _forget_peak()
+        if _CLEAR_REFS.exists():
+            _CLEAR_REFS.write_text("5")  # the peak starts anew
         started = time.perf_counter()
         if count:
             with _Flops() as flops:
@@ -102,7 +91,7 @@ def _measured(function: Callable[..., Any], into: dict[str, Any], *, count: bool
             into["flops"] = flops.total
         else:
             result = function(*args, **kwargs)
-        into.update(seconds=time.perf_counter() - started, host_bytes=_peak_bytes())
+        into.update(seconds=time.perf_counter() - started, host_bytes=_status("VmHWM") if _CLEAR_REFS.exists() else None)
         return result
 
     return measured
