@@ -16,8 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from sae_zoo.command_line import OneLineParser
 from analysis.latents import open_runs
+from sae_zoo.command_line import OneLineParser
 from sae_zoo.evaluation.suite import HeldOutRows
 from sae_zoo.functional.activations import heaviside, jumprelu
 from sae_zoo.records import write_json

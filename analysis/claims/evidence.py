@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sae_zoo.frontier.runs import COMPARABLE, run_name
 from sae_zoo.frontier.pareto import label_of
+from sae_zoo.frontier.runs import COMPARABLE, run_name
 from sae_zoo.records import FINISHED, RECORD, read_records
 
 Record = Mapping[str, Any]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from analysis.dashboard.content import gather
 from analysis.dashboard.page import render
-from sae_zoo.command_line import OneLineParser
 from analysis.latents import open_runs
+from sae_zoo.command_line import OneLineParser
 
 # Every latent of two runs of the default width, in a file of less than 10 MB.
 _LATENTS = 8192

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from analysis.dashboard.frontier import frontier
-from sae_zoo.frontier.runs import run_name
 from analysis.latents import (
     KINDS, Context, Run, Survey, UnknownEffects, contexts, logit_effects, nearest, stratified, survey, token_texts,
 )
 from analysis.latents.logits import Effects
 from sae_zoo.frontier.pareto import label_of
+from sae_zoo.frontier.runs import run_name
 
 # Tokens that a latent promotes or suppresses: in the list, and in its details. Nearest latents of each other run.
 _LISTED_TOKENS, _TOKENS, _NEAREST = 4, 10, 3

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_zoo.frontier.pareto import group_seeds, is_curve, label_of
 from sae_zoo.frontier.plot import PANELS
 from sae_zoo.frontier.runs import COMPARABLE, Record, read_runs, run_name
-from sae_zoo.frontier.pareto import group_seeds, is_curve, label_of
 from sae_zoo.frontier.style import can_draw, styles
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sae_zoo.command_line import OneLineParser
 from analysis.paper import draw_paper
+from sae_zoo.command_line import OneLineParser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

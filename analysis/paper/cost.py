@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from sae_zoo.frontier.runs import some
 from analysis.paper.curves import draw_curves
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import Runs
+from sae_zoo.frontier.runs import some
 from sae_zoo.frontier.style import FAINT, TEXT, styles
 
 STEP = "step.json"

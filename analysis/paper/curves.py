@@ -8,10 +8,10 @@ from typing import Literal
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from sae_zoo.frontier.runs import Record, run_name, some
-from sae_zoo.frontier.pareto import is_curve
 from analysis.paper.page import SIZE, lay_out
 from analysis.paper.runs import NotMeasured, Runs
+from sae_zoo.frontier.pareto import is_curve
+from sae_zoo.frontier.runs import Record, run_name, some
 from sae_zoo.frontier.style import FAINT, can_draw, draw_curve, label_curves, label_log_axes, readable_ticks
 
 

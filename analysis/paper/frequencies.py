@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from sae_zoo.frontier.runs import run_name, some
-from sae_zoo.frontier.pareto import SeedGroup
 from analysis.paper.page import SIZE, lay_out
 from analysis.paper.runs import NotMeasured, Place, Runs
+from sae_zoo.frontier.pareto import SeedGroup
+from sae_zoo.frontier.runs import run_name, some
 from sae_zoo.frontier.style import FAINT, TEXT
 
 LATENTS = "latents.csv"

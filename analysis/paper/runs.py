@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae_zoo.frontier.runs import Record, check_comparable, read_runs, run_name, some
 from sae_zoo.frontier.pareto import SeedGroup, group_seeds, label_of
+from sae_zoo.frontier.runs import Record, check_comparable, read_runs, run_name, some
 from sae_zoo.frontier.style import Style, styles
 
 # Where in the language model: (site, layer); ("", 0) where the activations came without one.

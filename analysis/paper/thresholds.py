@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from sae_zoo.frontier.runs import some
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import NotMeasured, Runs
+from sae_zoo.frontier.runs import some
 from sae_zoo.frontier.style import FAINT, STYLES, TEXT
 
 THRESHOLDS = "thresholds.json"

@@ -339,7 +339,7 @@ class SAE(LightningSAE, ABC):
 
     @property
     def auxk_weight(self) -> float:
-        """Of the AuxK loss, in this run."""
+        """Weight of the AuxK loss in this run."""
         return self.auxk_coefficient * auxk_factor(self.recipe.n_steps, self.recipe.auxk_full_steps)
 
     def _auxk(self, target: Tensor, errors: Sequence[Tensor], mean_error: Tensor) -> dict[str, Tensor]:

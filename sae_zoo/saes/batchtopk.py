@@ -16,10 +16,11 @@ _LEAST_THRESHOLD = 1e-6
 
 
 class BatchTopKSAE(SAE):
-    """f = ReLU(pre_acts) where it is among the ``l0_target`` times batch largest of a batch, so that a token takes as many
-    latents as it needs. In use, where it exceeds one threshold for all: the running mean of the smallest value that a batch
-    has kept, which calibration then moves until L0 on held-out tokens is the target. On several devices a batch is what
-    one of them sees.
+    """f = ReLU(pre_acts) of the ``l0_target`` x batch largest entries of a batch: a token takes as many latents as it needs.
+
+    Outside training one threshold for all latents takes their place. It is the running mean of the smallest value that a
+    batch has kept; calibration then moves it until L0 on held-out tokens is the target. On several devices, each takes the
+    largest of its own part of the batch.
 
     Args:
         auxk_coefficient: 1/32, as TopK's.

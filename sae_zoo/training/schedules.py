@@ -29,8 +29,8 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 
 
 def auxk_factor(n_steps: int, full_steps: int | None) -> float:
-    """By what the AuxK loss is multiplied in a run of ``n_steps``: by one from ``full_steps`` on, in shorter ones in proportion
-    by more, four at most.
+    """Factor of the AuxK loss in a run of ``n_steps``: 1 from ``full_steps`` on, ``full_steps / n_steps`` in a shorter run, at
+    most 4; 1 where ``full_steps`` is None.
 
     Adam divides the gradient of a latent that died by what it was while it lived, for about 1 / (1 - beta2) steps: without
     more weight, most of a short run is over before such a latent has moved. A long run has the time, and there a high
