@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sae_zoo.functional.encoder import chunk_rows
+from sae_zoo.functional.selection import Above, Selection
 from sae_zoo.planning.meter import Cost, Meter
 from sae_zoo.saes import SAE
 
@@ -34,8 +35,10 @@ class SAECost:
     Attributes:
         n_parameters: trained numbers.
         parameter_bytes, state_bytes: of the parameters and buffers, and of the optimiser's state.
-        products: matrix products of batch x d_in x d_sae in a dense step: the encoder's and, of the decoders and the
-            gradients, those that a sparse step runs on the active set.
+        whole_products: matrix products of batch x d_in x d_sae that every step runs whole: the encoder's and, where the
+            selection is one of the whole batch, its look at all pre-activations.
+        products: those of a dense step: the whole ones and, of the decoders and the gradients, those that a sparse step
+            runs on the active set.
         dense: a whole dense step on a CPU without the optimiser, parameters and batch included; it computes a chunk's
             forward pass twice.
     """
@@ -47,6 +50,7 @@ class SAECost:
     n_parameters: int
     parameter_bytes: int
     state_bytes: int
+    whole_products: int
     products: int
     dense: Cost
 
@@ -56,9 +60,9 @@ class SAECost:
         return 2 * self.parameter_bytes + self.state_bytes
 
     def sparse_flops(self, entries: float, dead_share: float) -> float:
-        """Of a step on the active set: 2 B d n for the encoder, 2 d for each other product and entry; for AuxK, with
-        m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a matrix and
-        a vector, as torch counts.
+        """Of a step on the active set: 2 B d n for each whole product, 2 d for each other product and entry; for AuxK,
+        with m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a matrix
+        and a vector, as torch counts.
 
         Args:
             entries: active ones a token.
@@ -66,7 +70,8 @@ class SAECost:
         """
         size = 2 * self.batch * self.d_in
         auxk = 7 * size * dead_share * self.d_sae if self.auxk else 0.0
-        return size * (self.d_sae + (self.products - 1) * entries) + auxk
+        on_entries = self.products - self.whole_products
+        return size * (self.whole_products * self.d_sae + on_entries * entries) + auxk
 
     def sparse_bytes(self, entries: float) -> int:
         """Memory of steps on the active set: parameters, as much again for their gradients, the optimiser's state, the
@@ -123,11 +128,26 @@ def sae_cost(build: Callable[[], SAE], batch: int) -> SAECost:
         batch=batch, d_in=sae.d_in, d_sae=sae.d_sae, auxk=sae.auxk_coefficient > 0,
         n_parameters=sum(p.numel() for p in sae.parameters()),
         parameter_bytes=_n_bytes([*sae.parameters(), *sae.buffers()]), state_bytes=_n_bytes(state),
-        products=math.floor(few.flops / size), dense=_dense_step(build, batch))
+        whole_products=1 if _is_of_rows(sae) else 2, products=math.floor(few.flops / size),
+        dense=_dense_step(build, batch))
 
 
 def _n_bytes(tensors: list[torch.Tensor]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _is_of_rows(sae: SAE) -> bool:
+    """Whether the selection looks at each row by itself, not at the values of a whole batch."""
+    return isinstance(sae.selection(training=True), Selection)
+
+
+class _OneLook:
+    """In place of a selection of the whole batch, whose choice would depend on values: its one look, and any rule."""
+
+    def of_batch(self, products: Callable[[], Iterable[torch.Tensor]], bias: torch.Tensor, n_rows: int) -> Selection:
+        for _ in products():
+            pass
+        return Above(0.0)
 
 
 def _dense_step(build: Callable[[], SAE], batch: int) -> Cost:
@@ -135,5 +155,7 @@ def _dense_step(build: Callable[[], SAE], batch: int) -> Cost:
     with Meter() as meter:
         sae = build()
         sae.auxk_coefficient = 0.0  # when a run begins no latent is dead
+        if not _is_of_rows(sae):
+            sae.selection = lambda *, training: _OneLook()
         sae.loss(torch.empty(batch, sae.d_in), sparse=False).total.backward()
         return meter.so_far()
