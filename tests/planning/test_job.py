@@ -20,7 +20,7 @@ HARVEST = Harvest(widths=(512,), n_tokens={"train": 100_000, "validation": 10_00
                   rows_per_shard=65536, context_size=128, batch_size=8, cost=Cost(10**11, 10**8), weight_bytes=GB)
 LM = LMCost(GB, 512, HARVEST.cost, 9 * 10**10, 2**20, Cost(2 * 10**11, 10**9), Cost(5 * 10**11, 10**9))
 SAE = SAECost(batch=1024, d_in=512, d_sae=4096, auxk=True, n_parameters=4_200_000, parameter_bytes=16_800_000,
-              state_bytes=16_800_000, products=5, dense=Cost(10**11, 10**8))
+              state_bytes=16_800_000, whole_products=1, products=5, dense=Cost(10**11, 10**8))
 JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, starts_dense=False, calibrated=False,
           n_steps=1000, validation_every=50, n_validation_rows=8192, n_rows=10_000, n_lm_tokens=4096, devices=1)
 
