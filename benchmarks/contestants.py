@@ -18,18 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.peers import PEERS, PeerAbsent, PeerFailed, Worker
-from sae_zoo.config import compose_config, config_hash, prepare_process
+from sae_zoo.config import compose_config
 from sae_zoo.data.cache import MANIFEST, Cache, open_cache
 from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_sae
 from sae_zoo.lm.hooks import resolve_hook
 from sae_zoo.lm.load import load_lm
+from sae_zoo.process import prepare_process
 from sae_zoo.records import digest, versions, write_json
+from sae_zoo.running.checks import without
+from sae_zoo.running.fitting import fit
+from sae_zoo.running.settings import TrainSettings, config_hash
+from sae_zoo.running.sources import Source
 from sae_zoo.saes import SAE
-from sae_zoo.source import Source
-from sae_zoo.train import fit
 
 OURS = "sae_zoo"
 CONTESTANTS = (OURS, *PEERS)
@@ -93,18 +95,19 @@ def find_cache(given: str | None, root: Path = Path("outputs/cache")) -> Cache:
     return open_cache(found[0])
 
 
-def our_config(job: Job) -> DictConfig:
-    """The ``train.yaml`` of a job of ours; the recipe's other rates (thresholds, ...) keep their ratios to ``lr``."""
+def our_settings(job: Job) -> TrainSettings:
+    """Those of a job of ours; the recipe's other rates (thresholds, ...) keep their ratios to ``lr``."""
     overrides = [f"sae={job.variant}", f"d_sae={job.d_sae}", f"seed={job.seed}", f"l0_target={job.sparsity:g}",
                  f"recipe.n_steps={job.steps}", f"recipe.batch_size={job.batch}", "trainer.accelerator=cpu",
                  "trainer.progress_bar=false"]
     config = compose_config("train", overrides)
     if job.lr is not None:
-        factor = job.lr / config.recipe.lr
-        for key in config.recipe:
+        recipe = config["recipe"]
+        factor = job.lr / recipe["lr"]
+        for key in recipe:
             if key == "lr" or key.endswith("_lr"):
-                config.recipe[key] *= factor
-    return config
+                recipe[key] *= factor
+    return TrainSettings.of(config)
 
 
 class Bench:
@@ -205,7 +208,7 @@ class Bench:
     def _file_name(self, job: Job) -> str:
         identity = {**asdict(job), "data_id": self.cache.data_id}
         if job.contestant == OURS:
-            identity["config"] = config_hash(OmegaConf.to_container(our_config(job), resolve=True))
+            identity["config"] = config_hash(our_settings(job).config)
         else:
             identity["versions"] = self.versions(job.contestant)
         return f"{str(job).replace(' ', '-')}-{digest(identity)[:8]}.json"
@@ -216,13 +219,12 @@ class Bench:
         return self._workers[name]
 
     def _train_ours(self, job: Job, scratch: Path) -> tuple[SAE, dict[str, Any]]:
-        config = our_config(job)
+        settings = our_settings(job)
         start = time.perf_counter()
-        sae, _ = fit(config, self._source, scratch)
+        sae, _ = fit(settings, self._source, scratch)
         seconds = time.perf_counter() - start
-        settings = {**OmegaConf.to_container(config.recipe), **OmegaConf.to_container(config.sae, resolve=True),
-                    "d_sae": job.d_sae}  # the recipe's own is a default
-        return sae, {"seconds": seconds, "settings": settings, "notes": []}
+        of_sae = {**settings.config["recipe"], **without(settings.config["sae"], "display"), "d_sae": job.d_sae}  # the recipe's own is a default
+        return sae, {"seconds": seconds, "settings": of_sae, "notes": []}
 
     def _train_peer(self, job: Job, scratch: Path) -> tuple[SAE, dict[str, Any]]:
         sae, meta = self._worker(job.contestant).train(

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.quality import align
 from benchmarks.step import _CLEAR_REFS, _status
 
-# Names of functions in sae_zoo.train, and the phase that each is.
+# Names of functions in sae_zoo.running.job, and the phase that each is.
 _PHASES = {"open_source": "harvest", "fit": "training", "evaluate_sae": "evaluation"}
 _QUANTITIES = ("seconds", "host_bytes", "flops")
 
@@ -99,10 +99,11 @@ def _measured(function: Callable[..., Any], into: dict[str, Any], *, count: bool
 
 def _train(found_at: Path, overrides: list[str]) -> None:
     from sae_zoo import train
+    from sae_zoo.running import job
 
     found: dict[str, dict[str, Any]] = {phase: {} for phase in _PHASES.values()}
     for name, phase in _PHASES.items():
-        setattr(train, name, _measured(getattr(train, name), found[phase], count=phase != "training"))
+        setattr(job, name, _measured(getattr(job, name), found[phase], count=phase != "training"))
     sys.argv = ["sae_zoo.train", *overrides]
     train.main()
     found_at.write_text(json.dumps(found))

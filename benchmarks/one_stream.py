@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from benchmarks.quality import align
 from benchmarks.step import Trainee, synthetic
-from sae_zoo.config import compose_config, device_of, prepare_process
-from sae_zoo.one_stream import current, train_together
+from sae_zoo.config import compose_config
+from sae_zoo.process import prepare_process
+from sae_zoo.running.fitting import fit
+from sae_zoo.running.settings import TrainSettings
+from sae_zoo.running.sources import open_source
+from sae_zoo.running.turns import current, train_together
 from sae_zoo.saes import variants
-from sae_zoo.source import open_source
-from sae_zoo.train import fit
 
 TARGETS = (40, 20, 80)
 
@@ -49,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _Trial:
     """Attributes: ``opening``, ``total``: seconds."""
 
-    def __init__(self, configs: list[DictConfig], *, together: bool):
+    def __init__(self, jobs: list[TrainSettings], *, together: bool):
         self.opening, started = 0.0, time.perf_counter()
         with tempfile.TemporaryDirectory() as folder:
-            tasks = [partial(self._train, config, Path(folder) / str(i)) for i, config in enumerate(configs)]
+            tasks = [partial(self._train, settings, Path(folder) / str(i)) for i, settings in enumerate(jobs)]
             if together:
                 train_together(tasks)
             else:
@@ -60,14 +61,14 @@ class _Trial:
                     task()
         self.total = time.perf_counter() - started
 
-    def _open(self, config: DictConfig):
+    def _open(self, settings: TrainSettings):
         started = time.perf_counter()
-        source = open_source(config, device_of(config.trainer.accelerator), progress_bar=False)
+        source = open_source(settings.source, settings.trainer.device, progress_bar=False)
         self.opening += time.perf_counter() - started
         return source
 
-    def _train(self, config: DictConfig, folder: Path) -> None:
-        fit(config, current().open(partial(self._open, config)), folder)
+    def _train(self, settings: TrainSettings, folder: Path) -> None:
+        fit(settings, current().open(partial(self._open, settings)), folder)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -75,16 +76,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     prepare_process()
-    configs = [compose_config("train", [*args.overrides, f"sae={variant}", f"l0_target={target}",
-                                        f"recipe.n_steps={args.steps}", "trainer.progress_bar=false"])
-               for target, variant in product(TARGETS, variants())]
+    jobs = [TrainSettings.of(compose_config("train", [
+        *args.overrides, f"sae={variant}", f"l0_target={target}", f"recipe.n_steps={args.steps}",
+        "trainer.progress_bar=false"])) for target, variant in product(TARGETS, variants())]
     for variant in variants():
         Trainee(variant, 64, 4, synthetic(256, 16), beta1=0.9).step()  # compile everything
-    _Trial(configs[:1], together=False)  # harvests what is missing, and reads the files into the system's cache
+    _Trial(jobs[:1], together=False)  # harvests what is missing, and reads the files into the system's cache
     rows = []
     for count in args.saes:
         # The two trials of a round stand beside each other in time, so what else the machine does divides out.
-        rounds = [(_Trial(configs[:count], together=False), _Trial(configs[:count], together=True))
+        rounds = [(_Trial(jobs[:count], together=False), _Trial(jobs[:count], together=True))
                   for _ in range(args.rounds)]
         rows.append({
             "saes": count,

@@ -33,7 +33,7 @@ from sae_zoo.data.cache import Cache, make_cache_id, open_cache
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
 from sae_zoo.data.corpus import SPLITS, PackedTokens
 from sae_zoo.data.shards import ShardStream
-from sae_zoo.memory import keep_freed_memory
+from sae_zoo.process import keep_freed_memory
 
 _D_IN, _CONTEXT, _ROWS_PER_SHARD = 3584, 1024, 65536  # Gemma 2 9B's residual stream
 _SEED = 0

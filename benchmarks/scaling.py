@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from benchmarks.quality import align
-from benchmarks.step import Trainee, gemm_timer, milliseconds, synthetic
-from sae_zoo.memory import keep_freed_memory
-from sae_zoo.saes import variants
+from benchmarks.step import Trainee, gemm_timer, milliseconds, synthetic, variants_argument
+from sae_zoo.process import keep_freed_memory
 
 
 def _numbers(text: str) -> list[int]:
@@ -26,6 +25,7 @@ def _numbers(text: str) -> list[int]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
+    variants_argument(parser)
     parser.add_argument("--d-in", type=int, default=384)
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--d-sae", type=_numbers, default=[2048, 8192, 32768, 131072], metavar="N,N,...")
@@ -41,14 +41,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     x, rows = synthetic(args.batch, args.d_in), []
     for d_sae, l0 in product(args.d_sae, args.l0):
         gemm = gemm_timer(x, d_sae)
-        for variant in variants():
+        for variant in args.variants:
             trainee = Trainee(variant, d_sae, l0, x, beta1=0.0)
             trainee.step()
             pairs = [(gemm(), milliseconds(trainee.step, x.device)) for _ in range(args.rounds)]
             rows.append({"variant": variant, "d_sae": d_sae, "l0": l0, "ms": statistics.median(ms for _, ms in pairs),
                          "ratio": statistics.median(ms / base for base, ms in pairs)})
     exponents = {}
-    for variant in variants():
+    for variant in args.variants:
         own = [row for row in rows if row["variant"] == variant]
         design = np.array([[1, np.log(row["d_sae"]), np.log(row["l0"])] for row in own])
         fit, *_ = np.linalg.lstsq(design, np.log([row["ms"] for row in own]), rcond=None)

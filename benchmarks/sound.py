@@ -22,12 +22,14 @@ import numpy as np
 import torch
 
 from benchmarks.quality import align
-from sae_zoo.config import build_recipe, compose_config, prepare_process
+from sae_zoo.config import compose_config
 from sae_zoo.data.cache import open_cache
 from sae_zoo.data.file import FileActivations
 from sae_zoo.evaluation.suite import HeldOutRows, score_sae
-from sae_zoo.source import Source
-from sae_zoo.train import fit
+from sae_zoo.process import prepare_process
+from sae_zoo.running.fitting import fit
+from sae_zoo.running.settings import TrainSettings
+from sae_zoo.running.sources import Source
 
 L0_WITHIN, MOST_DEAD = 0.03, 0.05
 # FVU at a higher L0 may be above that at the next lower one by so much of it: rounding of the last digits shown.
@@ -138,18 +140,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(source: Source, key: dict[str, Any], n_rows: int, folder: Path) -> dict[str, Any]:
-    config = compose_config("train", [
+    settings = TrainSettings.of(compose_config("train", [
         f"sae={key['arm']}", f"d_sae={key['d_sae']}", f"l0_target={key['target']}", f"recipe.n_steps={key['steps']}",
         f"recipe.batch_size={key['batch']}", f"seed={key['seed']}", "trainer.progress_bar=false", "data=file", "data.path=x",
-        *key["set"]])
-    build_recipe(config.recipe)
-    source.activations.leave_out(config.data.max_norm)
+        *key["set"]]))
+    source.activations.leave_out(settings.source.max_norm)
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
         start = time.perf_counter()
-        sae, calibration = fit(config, source, Path(run_dir))
+        sae, calibration = fit(settings, source, Path(run_dir))
         seconds = time.perf_counter() - start
     # Rows of many times the median are nobody's: left out of the score, whether they were left out of training or not.
-    source.activations.leave_out(compose_config("train", []).data.max_norm)
+    source.activations.leave_out(compose_config("train", [])["data"]["max_norm"])
     rows = HeldOutRows(source.activations, key["split"], n_rows, device=torch.device("cpu"), progress_bar=False)
     scores, _ = score_sae(sae, rows)
     row = {name: scores[name] for name in ("l0", "l0_standard_error", "fvu", "dead_fraction", "relative_reconstruction_bias")}

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import PEERS, PeerAbsent, Worker
-from sae_zoo.config import build_sae, compose_config
-from sae_zoo.memory import give_back_freed_memory, keep_freed_memory
+from sae_zoo.config import compose_config
+from sae_zoo.process import give_back_freed_memory, keep_freed_memory
+from sae_zoo.running.settings import TrainSettings
 from sae_zoo.saes import variants
 
 _MB = 2**20
@@ -34,6 +35,7 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     shape_argument(parser)
+    variants_argument(parser)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--beta1", type=float, default=0.0, help="of Adam; 0 is the paper's, recipe=short has 0.9")
     parser.add_argument("--no-peers", action="store_true", help="leave the peers out")
@@ -42,6 +44,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def shape_argument(parser: argparse.ArgumentParser) -> None:
     """``--shape``, for every benchmark on synthetic activations."""
     parser.add_argument("--shape", type=_shape, default=(384, 8192, 4096, 40), metavar="D_IN,D_SAE,BATCH,L0")
+
+
+def variants_argument(parser: argparse.ArgumentParser) -> None:
+    """``--variants``, for every benchmark of ours."""
+    parser.add_argument("--variants", type=_variants, default=variants(), metavar="NAME,NAME,...", help="all, if left out")
+
+
+def _variants(text: str) -> list[str]:
+    if unknown := set(names := text.split(",")) - set(variants()):
+        raise argparse.ArgumentTypeError(f"{sorted(unknown)[0]!r} is no variant; choose from {', '.join(variants())}")
+    return names
 
 
 def _shape(text: str) -> tuple[int, int, int, int]:
@@ -70,11 +83,11 @@ class Trainee:
     """An SAE of a variant that starts at its L0 and stays there: rates so small that nothing moves."""
 
     def __init__(self, variant: str, d_sae: int, l0: int, x: Tensor, *, beta1: float):
-        config = compose_config("train", [
+        settings = TrainSettings.of(compose_config("train", [
             f"sae={variant}", f"d_sae={d_sae}", f"l0_target={l0}", f"recipe.beta1={beta1}", "recipe.threshold_start=quantile",
             "recipe.lr=1e-9", "recipe.decoder_lr=1e-9", "recipe.free_decoder_lr=1e-9", "recipe.threshold_lr=1e-9",
-            "recipe.bias_lr=1e-9"])
-        self.x, self.sae = x, build_sae(config, d_in=x.shape[1], input_scale=float(x.square().sum(1).mean().sqrt()))
+            "recipe.bias_lr=1e-9"]))
+        self.x, self.sae = x, settings.sae(d_in=x.shape[1], input_scale=float(x.square().sum(1).mean().sqrt()))
         self.sae.to(x.device)
         self.sae.initialise(x)
         self.optimizer = self.sae.configure_optimizers()["optimizer"]
@@ -214,7 +227,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     x = synthetic(batch, d_in).to(device)
     gemm = gemm_timer(x, d_sae)
     gemms, results = [], {}
-    trainees = {name: Trainee(name, d_sae, l0, x, beta1=args.beta1) for name in variants()}
+    trainees = {name: Trainee(name, d_sae, l0, x, beta1=args.beta1) for name in args.variants}
     times = {name: {"step": [], "dense": [], "encode": [], "phases": [], "ratio": [], "dense_ratio": []} for name in trainees}
     measured_l0 = {name: trainee.step() for name, trainee in trainees.items()}
     for _ in range(args.rounds):

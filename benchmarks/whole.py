@@ -17,12 +17,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from benchmarks.step import Trainee, shape_argument, synthetic
-from sae_zoo.config import compose_config, prepare_process
+from benchmarks.step import Trainee, shape_argument, synthetic, variants_argument
+from sae_zoo.config import compose_config
 from sae_zoo.data.file import FileActivations
-from sae_zoo.saes import variants
-from sae_zoo.source import Source
-from sae_zoo.train import fit
+from sae_zoo.process import prepare_process
+from sae_zoo.running.fitting import fit
+from sae_zoo.running.settings import TrainSettings
+from sae_zoo.running.sources import Source
 
 # Warm steps are the last ones, when the target of L0 is where it stays.
 _WARM_SHARE = 0.2
@@ -40,6 +41,7 @@ class _Clock(pl.Callback):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     shape_argument(parser)
+    variants_argument(parser)
     parser.add_argument("--steps", type=int, default=600, help="of each run")
 
 
@@ -54,13 +56,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         path = Path(folder) / "rows.npy"
         np.save(path, synthetic(_ROWS_A_BATCH * batch, d_in).numpy())
         source = Source(FileActivations(path), None, None)
-        for variant in variants():
+        for variant in args.variants:
             Trainee(variant, 64, 4, synthetic(256, 16), beta1=0.9).step()  # compile everything
-            config = compose_config("train", [
+            settings = TrainSettings.of(compose_config("train", [
                 f"sae={variant}", f"d_sae={d_sae}", f"l0_target={l0}", f"recipe.n_steps={args.steps}",
-                f"recipe.batch_size={batch}", "trainer.progress_bar=false"])
+                f"recipe.batch_size={batch}", "trainer.progress_bar=false"]))
             clock, start = _Clock(), time.perf_counter()
-            fit(config, source, Path(folder) / variant, callbacks=[clock])
+            fit(settings, source, Path(folder) / variant, callbacks=[clock])
             seconds = time.perf_counter() - start
             steps = np.diff(clock.times)
             warm = statistics.median(steps[-max(1, int(_WARM_SHARE * args.steps)):])

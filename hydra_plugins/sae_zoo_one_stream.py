@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,9 @@ class OneStreamLauncher(Launcher):
         Raises:
             ValueError: if the jobs train no SAE.
         """
-        from sae_zoo.one_stream import train_together  # not when Hydra looks for plugins, which every entry point does
+        from sae_zoo.running.turns import (
+            train_together,  # not when Hydra looks for plugins, which every entry point does
+        )
 
         setup_globals()
         self._log_as_sweep()
@@ -72,6 +74,10 @@ class OneStreamLauncher(Launcher):
         return config
 
 
+def _of_task(config: DictConfig) -> DictConfig:
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
 def _groups(configs: Sequence[DictConfig]) -> list[list[int]]:
     """The numbers of the jobs on each stream.
 
@@ -79,11 +85,12 @@ def _groups(configs: Sequence[DictConfig]) -> list[list[int]]:
     for a later group; and a group begins in the order of its folders, else two sweeps at once could each hold what the
     other waits for.
     """
-    from sae_zoo.one_stream import stream_key
+    from sae_zoo.config import plain
+    from sae_zoo.running.turns import stream_key
 
     folders = [str(Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir) for config in configs]
     seen, groups = Counter(), defaultdict(list)
     for job, (config, folder) in enumerate(zip(configs, folders, strict=True)):
-        groups[stream_key(config), seen[folder]].append(job)
+        groups[stream_key(plain(_of_task(config))), seen[folder]].append(job)
         seen[folder] += 1
     return [sorted(group, key=folders.__getitem__) for group in groups.values()]

@@ -1,10 +1,15 @@
-"""Command lines of programs that Hydra does not run."""
+"""Mistakes in one line, and the command lines of programs that Hydra does not run."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -19,4 +24,4 @@ class OneLineParser(argparse.ArgumentParser):
         try:
             yield
         except (ValueError, OSError) as error:
-            self.error(" ".join(str(error).split()))
+            self.error(one_line(error))

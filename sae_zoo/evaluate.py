@@ -11,27 +11,30 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_zoo.config import device_of, run_entry_point
+from sae_zoo.config import run_entry_point
 from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_reconstruction, score_sae, within
+from sae_zoo.running.checks import Config
+from sae_zoo.running.job import read_config
+from sae_zoo.running.settings import SourceSettings, device_of
+from sae_zoo.running.sources import open_source
 from sae_zoo.saes.io import load_sae
-from sae_zoo.source import open_source
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(cfg: DictConfig) -> pd.DataFrame:
+def evaluate(config: Config) -> pd.DataFrame:
     """One row each for the SAE, the mean predictor and the identity."""
-    run_dir, device = Path(cfg.run), device_of(cfg.accelerator)
+    run_dir, device = Path(config["run"]), device_of(config["accelerator"])
+    split, show = config["split"], config["progress_bar"]
     sae = load_sae(run_dir).to(device)
-    of_run = OmegaConf.load(run_dir / "config.yaml")
-    source = open_source(of_run, device, progress_bar=cfg.progress_bar)
+    settings = SourceSettings.of(read_config(run_dir))
+    source = open_source(settings, device, progress_bar=show)
     activations = source.activations
 
     def rows():
-        return HeldOutRows(activations, cfg.split, cfg.n_rows, device=device, progress_bar=cfg.progress_bar)
+        return HeldOutRows(activations, split, config["n_rows"], device=device, progress_bar=show)
 
     sums, n = zip(*((x.double().sum(0), len(x)) for x in rows()), strict=True)
     mean = (sum(sums) / sum(n)).float()  # of the very rows that are scored
@@ -45,9 +48,9 @@ def evaluate(cfg: DictConfig) -> pd.DataFrame:
             scores = asdict(score_reconstruction(reconstruct, rows()))
         row = {key: scores.get(key) for key in ("l0", "fvu", "mse", "cosine")}
         if source.lm is not None:
-            in_lm = score_in_lm(within(reconstruct, activations.norm_bound), source.lm, source.hook, activations.tokens(cfg.split),
-                                activations.manifest["special_ids"], n_tokens=cfg.n_lm_tokens,
-                                batch_size=of_run.lm.batch_size, progress_bar=cfg.progress_bar)
+            in_lm = score_in_lm(within(reconstruct, activations.norm_bound), source.lm, source.hook,
+                                activations.tokens(split), activations.manifest["special_ids"],
+                                n_tokens=config["n_lm_tokens"], batch_size=settings.data.lm.batch_size, progress_bar=show)
             row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}
         table[name] = row
     frame = pd.DataFrame.from_dict(table, orient="index")

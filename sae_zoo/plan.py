@@ -7,39 +7,46 @@ object as the last line of the output.
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import tempfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel
 
-from sae_zoo.config import (build_corpus, build_harvest_spec, build_remote, build_sae, build_skeleton, device_of,
-                            harvested, run_entry_point)
+from sae_zoo.config import run_entry_point
 from sae_zoo.data.cache import MANIFEST, make_cache_id
 from sae_zoo.data.file import open_array
 from sae_zoo.data.module import START_ROWS, VALIDATION_ROWS
 from sae_zoo.data.norms import describe
 from sae_zoo.data.remote import RemoteFolder
-from sae_zoo.lm.hooks import HookPoint, resolve_hook
+from sae_zoo.lm.hooks import HookPoint
 from sae_zoo.lm.skeleton import n_bytes
-from sae_zoo.one_stream import stream_key
 from sae_zoo.planning.job import Harvest, Job, Online
 from sae_zoo.planning.lm import LMCost, harvest_cost, hook_widths, lm_cost
-from sae_zoo.planning.machine import (Rates, calibration_size, disk_rates, existing_folder, lm_rate, sae_rates,
-                                      this_machine)
+from sae_zoo.planning.machine import (
+    Rates,
+    calibration_size,
+    disk_rates,
+    existing_folder,
+    lm_rate,
+    sae_rates,
+    this_machine,
+)
 from sae_zoo.planning.report import Plan, Planned, as_json, text
 from sae_zoo.planning.sae import sae_cost
-from sae_zoo.processes import devices_of
 from sae_zoo.records import digest
+from sae_zoo.running.checks import Config, value_at
+from sae_zoo.running.settings import CacheSettings, TrainSettings
+from sae_zoo.running.turns import stream_key
 
 # Overrides that make a phase smaller, and the least that is advised; each is halved until the phase fits.
 _REMEDIES = {"harvest": {"lm.batch_size": 1, "data.n_tokens.train": 100_000},
@@ -48,108 +55,118 @@ _REMEDIES = {"harvest": {"lm.batch_size": 1, "data.n_tokens.train": 100_000},
              "evaluation": {"lm.batch_size": 1, "d_sae": 1024}}
 
 
-class _Planner:
-    """Makes jobs of configs; what several of them share is looked at once."""
+def _changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """A copy of ``config`` with other values at dotted keys."""
+    changed = copy.deepcopy(dict(config))
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        (value_at(changed, group) if group else changed)[name] = value
+    return changed
 
-    def __init__(self, cfg: DictConfig):
-        self.device = device_of(cfg.trainer.accelerator)
-        self.machine = this_machine(Path(cfg.output_dir), self.device)
-        self.disk = disk_rates(existing_folder(Path(cfg.output_dir)))
+
+class _Planner:
+    """Makes jobs of settings; what several of them share is looked at once."""
+
+    def __init__(self, settings: TrainSettings):
+        self.device = settings.trainer.device
+        folder = Path(settings.config["output_dir"])
+        self.machine = this_machine(folder, self.device)
+        self.disk = disk_rates(existing_folder(folder))
         self._known: dict[str, Any] = {}
 
     def _once(self, make: Callable[[], Any], *of: Any) -> Any:
-        key = digest([value if not OmegaConf.is_config(value) else OmegaConf.to_container(value, resolve=True)
-                      for value in of])
+        key = digest(of)
         if key not in self._known:
             self._known[key] = make()
         return self._known[key]
 
-    def model(self, cfg: DictConfig) -> PreTrainedModel:
-        return self._once(lambda: build_skeleton(cfg, self.device), "model", cfg.lm)
+    def _model(self, settings: TrainSettings) -> PreTrainedModel:
+        return self._once(lambda: settings.source.data.lm.skeleton(self.device), "model", settings.config["lm"])
 
-    def hooks(self, cfg: DictConfig) -> list[HookPoint]:
+    def hooks(self, settings: TrainSettings) -> list[HookPoint]:
         """The hook point of a job, and those that are harvested with it."""
-        model, hook, together = self.model(cfg), cfg.hook, cfg.hook.harvest_together
-        where = [(hook.layer, hook.site)]
-        if together is not None:
-            where += [(layer, site) for layer in together.layers for site in together.sites]
-        return [resolve_hook(model, cfg.lm.sites, *place) for place in dict.fromkeys(where)]
+        model, hook = self._model(settings), settings.source.hook
+        where = dict.fromkeys([(hook.layer, hook.site), *hook.along])
+        return [settings.source.data.lm.hook(model, *place) for place in where]
 
-    def lm_cost(self, cfg: DictConfig) -> LMCost:
-        model, hook = self.model(cfg), self.hooks(cfg)[0]
-        return self._once(lambda: lm_cost(model, hook, batch_size=cfg.lm.batch_size, context_size=cfg.lm.context_size),
-                          "lm", cfg.lm, hook.name)
+    def _lm_cost(self, settings: TrainSettings) -> LMCost:
+        model, hook, lm = self._model(settings), self.hooks(settings)[0], settings.source.data.lm
+        return self._once(lambda: lm_cost(model, hook, batch_size=lm.batch_size, context_size=lm.context_size),
+                          "lm", settings.config["lm"], hook.name)
 
-    def harvest(self, cfg: DictConfig) -> Harvest:
-        model, hooks, spec = self.model(cfg), self.hooks(cfg), build_harvest_spec(harvested(cfg))
-        rows = {"batch_size": cfg.lm.batch_size, "context_size": cfg.lm.context_size}
-        cost, widths = self.lm_cost(cfg).to_hook, [self.lm_cost(cfg).d_in]
+    def _harvest(self, settings: TrainSettings) -> Harvest:
+        model, hooks, spec = self._model(settings), self.hooks(settings), settings.source.data.stored
+        lm = settings.source.data.lm
+        rows = {"batch_size": lm.batch_size, "context_size": lm.context_size}
+        of_hook = self._lm_cost(settings)
+        cost, widths = of_hook.to_hook, [of_hook.d_in]
         if len(hooks) > 1:
             cost, widths = self._once(lambda: (harvest_cost(model, hooks, **rows), hook_widths(model, hooks)),
-                                      "harvest", cfg.lm, sorted(hook.name for hook in hooks))
+                                      "harvest", settings.config["lm"], sorted(hook.name for hook in hooks))
         return Harvest(widths=tuple(widths), n_tokens=spec.n_tokens_here, dtype=spec.dtype,
                        rows_per_shard=spec.rows_per_shard, cost=cost, weight_bytes=n_bytes(model), **rows)
 
-    def job(self, cfg: DictConfig) -> Job:
-        """What ``cfg`` asks for.
+    def job(self, settings: TrainSettings) -> Job:
+        """What ``settings`` ask for.
 
         Raises:
             ValueError: for whatever is wrong with it.
         """
-        online = None
-        if cfg.data.name == "file":
-            array = open_array(cfg.data.path)
-            harvest, lm, d_in = None, None, array.shape[1]
-            held_out = len(array) * cfg.data.heldout_fraction if cfg.data.heldout_path is None else len(
-                open_array(cfg.data.heldout_path))
-            n_rows = {"validation": int(held_out / 2), "test": int(held_out / 2)}
-        elif cfg.data.name in ("cache", "online"):
-            harvest, lm = self.harvest(cfg), self.lm_cost(cfg)
+        config, data, evaluation = settings.config, settings.source.data, settings.evaluation
+        online, n_lm_tokens = None, evaluation.n_lm_tokens
+        if isinstance(data, CacheSettings):
+            harvest, lm = self._harvest(settings), self._lm_cost(settings)
             d_in, n_rows = lm.d_in, harvest.n_tokens
-            if cfg.data.name == "online":
-                online = Online(n_tokens=cfg.data.n_tokens.train, buffer_rows=cfg.data.buffer_rows)
-        else:
-            raise ValueError(f"data.name is {cfg.data.name!r}; choose cache, online or file")
-        devices = len(devices_of(cfg.trainer.accelerator, cfg.trainer.devices))
-        with torch.device("meta"):
-            sae = build_sae(cfg, d_in=d_in, input_scale=1.0)  # of which only the start is asked
-        batch = cfg.recipe.batch_size // (devices * cfg.trainer.num_nodes)
-        cost = self._once(lambda: sae_cost(lambda: build_sae(cfg, d_in=d_in, input_scale=1.0), batch),
-                          "sae", cfg.sae, cfg.recipe, cfg.d_sae, d_in, batch)
-        entries = cfg.l0_target or cfg.d_sae
-        return Job(
-            name=f"{cfg.sae.name} at L0 {cfg.l0_target}, seed {cfg.seed}", harvest=harvest, lm=lm, sae=cost,
-            entries=entries, dense=entries >= sae.sparse_below_density * cfg.d_sae,
-            starts_dense=sae.start_density is None or sae.start_density >= sae.sparse_below_density,
-            calibrated=sae.calibrated, n_steps=cfg.recipe.n_steps, validation_every=cfg.trainer.validation_every,
-            n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
-            n_rows=min(cfg.evaluation.n_rows, n_rows["test"]), devices=devices, online=online,
-            n_start_rows=START_ROWS if sae.start_density is not None else 0,
+            if data.buffer_rows is not None:
+                online = Online(n_tokens=data.spec.n_tokens["train"], buffer_rows=data.buffer_rows)
             # Of a row that the language model reads, the first token is no activation.
-            n_lm_tokens=min(cfg.evaluation.n_lm_tokens, n_rows["test"] * cfg.lm.context_size // max(1, cfg.lm.context_size - 1)))
+            context_size = data.lm.context_size
+            n_lm_tokens = min(n_lm_tokens, n_rows["test"] * context_size // max(1, context_size - 1))
+        else:
+            array = open_array(data["path"])
+            harvest, lm, d_in = None, None, array.shape[1]
+            held_out = len(array) * data["heldout_fraction"] if data["heldout_path"] is None else len(
+                open_array(data["heldout_path"]))
+            n_rows = {"validation": int(held_out / 2), "test": int(held_out / 2)}
+        devices, recipe = len(settings.trainer.local_devices), settings.recipe
+        with torch.device("meta"):
+            sae = settings.sae(d_in=d_in, input_scale=1.0)  # of which only the start is asked
+        batch = recipe.batch_size // (devices * settings.trainer.num_nodes)
+        cost = self._once(lambda: sae_cost(lambda: settings.sae(d_in=d_in, input_scale=1.0), batch),
+                          "sae", config["sae"], config["recipe"], sae.d_sae, d_in, batch)
+        entries = settings.l0_target or sae.d_sae
+        return Job(
+            name=f"{config['sae']['name']} at L0 {settings.l0_target}, seed {settings.seed}", harvest=harvest, lm=lm,
+            sae=cost, entries=entries, dense=entries >= sae.sparse_below_density * sae.d_sae,
+            starts_dense=sae.start_density is None or sae.start_density >= sae.sparse_below_density,
+            calibrated=sae.calibrated, n_steps=recipe.n_steps, validation_every=settings.trainer.validation_every,
+            n_validation_rows=min(VALIDATION_ROWS, n_rows["validation"]),
+            n_rows=min(evaluation.n_rows, n_rows["test"]), devices=devices, online=online,
+            n_start_rows=START_ROWS if sae.start_density is not None else 0, n_lm_tokens=n_lm_tokens)
 
-    def rates(self, cfg: DictConfig, job: Job) -> Rates:
+    def rates(self, settings: TrainSettings, job: Job) -> Rates:
         """This machine's, for the SAE and the language model of ``job``."""
-        d_in, mixed = job.sae.d_in, cfg.trainer.precision == "bf16-mixed"
-        d_sae, batch = calibration_size(d_in, cfg.d_sae, job.sae.batch, self.device)
+        config, d_in, mixed = settings.config, job.sae.d_in, settings.trainer.precision == "bf16-mixed"
+        d_sae, batch = calibration_size(d_in, job.sae.d_sae, job.sae.batch, self.device)
 
         def of_sae() -> dict[str, float]:
-            small = OmegaConf.merge(cfg, {"d_sae": d_sae, "l0_target": max(1, min(cfg.l0_target or 1, d_sae // 4)),
-                                          "recipe": {"threshold_start": "quantile"}})
-            sae = build_sae(small, d_in=d_in, input_scale=d_in**0.5)
-            return sae_rates(sae, batch, self.device, mixed=mixed)
+            l0_target = max(1, min(settings.l0_target or 1, d_sae // 4))
+            small = TrainSettings.of(_changed(config, {"d_sae": d_sae, "l0_target": l0_target,
+                                                       "recipe.threshold_start": "quantile"}))
+            return sae_rates(small.sae(d_in=d_in, input_scale=d_in**0.5), batch, self.device, mixed=mixed)
 
         of_lm = 0.0
         if job.harvest is not None:
-            rows = {"batch_size": cfg.lm.batch_size, "context_size": cfg.lm.context_size}
-            of_lm = self._once(lambda: lm_rate(self.model(cfg), self.device, **rows), "lm rate", cfg.lm)
-        return Rates(**self._once(of_sae, "rates", cfg.sae, cfg.recipe, d_in, d_sae, batch, mixed), lm_flop=of_lm,
-                     **self.disk)
+            lm = settings.source.data.lm
+            rows = {"batch_size": lm.batch_size, "context_size": lm.context_size}
+            of_lm = self._once(lambda: lm_rate(self._model(settings), self.device, **rows), "lm rate", config["lm"])
+        return Rates(**self._once(of_sae, "rates", config["sae"], config["recipe"], d_in, d_sae, batch, mixed),
+                     lm_flop=of_lm, **self.disk)
 
-    def copy_bytes(self, cfg: DictConfig, harvest: Harvest) -> tuple[int, int] | None:
-        """Of the copies of a cache that lies elsewhere, if ``cfg`` names one: what all of it is, as the config describes
-        it, and how much more than now their folder may hold."""
-        remote = build_remote(cfg)
+    def copy_bytes(self, settings: TrainSettings, harvest: Harvest) -> tuple[int, int] | None:
+        """Of the copies of a cache that lies elsewhere, if ``settings`` name one: what all of it is, as they describe it,
+        and how much more than now their folder may hold."""
+        remote = settings.source.data.remote
         if not isinstance(remote, RemoteFolder):
             return None
         copies = remote.copies
@@ -157,19 +174,19 @@ class _Planner:
         one = replace(harvest, widths=harvest.widths[:1])  # of what is harvested together the first is the job's own
         return one.bytes_on_disk(at_peak=False), max(0, copies.max_bytes - now)
 
-    def found(self, cfg: DictConfig) -> list[str] | None:
-        """Of the caches of ``cfg``, if all are on the disk, as their manifests say, what there is to say of their long
+    def found(self, settings: TrainSettings) -> list[str] | None:
+        """Of the caches of ``settings``, if all are on the disk, as their manifests say, what there is to say of their long
         rows, a line each; weights have no fingerprint here.
         """
-        if build_remote(cfg) is not None:
+        data = settings.source.data
+        if data.remote is not None:
             return []
-        caches = Path(cfg.output_dir) / "cache"
-        wanted = {"corpus": build_corpus(cfg.corpus).fingerprint(), "lm_dtype": str(self.model(cfg).dtype),
-                  **build_harvest_spec(harvested(cfg)).identity}
+        wanted = {"corpus": data.corpus().fingerprint(), "lm_dtype": str(self._model(settings).dtype),
+                  **data.stored.identity}
         lines = []
-        for hook in self.hooks(cfg):
-            names = make_cache_id(lm=cfg.lm.name, hook=hook.name, identity={}).rpartition("-")[0] + f"-*/{MANIFEST}"
-            manifests = (json.loads(file.read_text()) for file in caches.glob(names))
+        for hook in self.hooks(settings):
+            names = make_cache_id(lm=data.lm.name, hook=hook.name, identity={}).rpartition("-")[0] + f"-*/{MANIFEST}"
+            manifests = (json.loads(file.read_text()) for file in data.folder.glob(names))
             its_own = next((manifest for manifest in manifests
                             if manifest["identity"].items() >= {"hook": asdict(hook), **wanted}.items()), None)
             if its_own is None:
@@ -184,7 +201,7 @@ class _Command:
     """The jobs of one command line, as Hydra hands them over one by one."""
 
     def __init__(self):
-        self.configs: list[DictConfig] = []
+        self.settings: list[TrainSettings] = []
         self.planned: list[Planned] = []
         self.harvest_of: list[str | None] = []
         self.here: dict[str, list[str]] = {}  # of caches that are there, what there is to say of them
@@ -193,28 +210,27 @@ class _Command:
         self._place: str | None = None  # of the job before
         self._planner: _Planner | None = None
 
-    def add(self, cfg: DictConfig) -> None:
+    def add(self, config: Config) -> None:
         """Plan one job."""
+        settings = TrainSettings.of(config)
         if self._planner is None:
-            self._planner = _Planner(cfg)
-        job, key = self._planner.job(cfg), None
+            self._planner = _Planner(settings)
+        job, key = self._planner.job(settings), None
         if job.harvest is not None:
-            hooks = sorted(hook.name for hook in self._planner.hooks(cfg))
-            parts = (OmegaConf.to_container(part, resolve=True) for part in (cfg.lm, cfg.corpus, cfg.data))
-            key = digest([*parts, *hooks])
-            if key not in self.harvest_of and (lines := self._planner.found(cfg)) is not None:
+            hooks = sorted(hook.name for hook in self._planner.hooks(settings))
+            key = digest([config["lm"], config["corpus"], config["data"], *hooks])
+            if key not in self.harvest_of and (lines := self._planner.found(settings)) is not None:
                 self.here[key] = lines
-            if copied := self._planner.copy_bytes(cfg, job.harvest):
+            if copied := self._planner.copy_bytes(settings, job.harvest):
                 self.copies[key] = copied
         launcher = HydraConfig.get().runtime.choices.get("hydra/launcher")
-        together = launcher == "one_stream"
-        place = digest([key, cfg.hook.layer, cfg.hook.site, cfg.evaluation.n_lm_tokens])
+        place = digest([key, config["hook"]["layer"], config["hook"]["site"], settings.evaluation.n_lm_tokens])
         if launcher in ("basic", "one_stream"):  # all jobs in one process
             job = replace(job, place_measured=place == self._place)
         self._place = place
-        self._streams.append(stream_key(cfg) if together else None)
-        self.configs.append(cfg)
-        self.planned.append(Planned(job, self._planner.rates(cfg, job)))
+        self._streams.append(stream_key(config) if launcher == "one_stream" else None)
+        self.settings.append(settings)
+        self.planned.append(Planned(job, self._planner.rates(settings, job)))
         self.harvest_of.append(key)
 
     def plan(self) -> Plan:
@@ -251,21 +267,22 @@ class _Command:
     def _smaller(self, plan: Plan, phase: str) -> str:
         """What lets the phase fit, of the first job whose does not: fewer jobs together; or overrides, one alone, or all
         by as little as fits."""
-        cfg, short = next((cfg, planned) for cfg, planned in zip(self.configs, plan.jobs)
-                          if planned.needs_more(plan.machine, phase))
+        settings, short = next((settings, planned) for settings, planned in zip(self.settings, plan.jobs)
+                               if planned.needs_more(plan.machine, phase))
         if not replace(short, beside=0).needs_more(plan.machine, phase):
             return "fewer jobs at once, or leave hydra/launcher=one_stream out"
-        least = {key: value for key, value in _REMEDIES[phase].items() if OmegaConf.select(cfg, key) is not None}
-        if "d_sae" in least and cfg.l0_target is not None:
-            least["d_sae"] = max(least["d_sae"], cfg.l0_target)
+        config = settings.config
+        has_buffer = "buffer_rows" in config["data"]
+        least = {key: value for key, value in _REMEDIES[phase].items() if key != "data.buffer_rows" or has_buffer}
+        if "d_sae" in least and settings.l0_target is not None:
+            least["d_sae"] = max(least["d_sae"], settings.l0_target)
         for together in (*((key,) for key in least), tuple(least)):
-            values = {key: OmegaConf.select(cfg, key) for key in together}
+            values = {key: value_at(config, key) for key in together}
             while any(value // 2 >= least[key] for key, value in values.items()):
                 values = {key: value // 2 if value // 2 >= least[key] else value for key, value in values.items()}
-                changes = [f"{key}={value}" for key, value in values.items()]
-                job = self._planner.job(OmegaConf.merge(cfg, OmegaConf.from_dotlist(changes)))
+                job = self._planner.job(TrainSettings.of(_changed(config, values)))
                 if not Planned(job, self.planned[0].rates).needs_more(plan.machine, phase):
-                    return f"{' '.join(changes)} would fit"
+                    return f"{' '.join(f'{key}={value}' for key, value in values.items())} would fit"
         return f"no smaller {' or '.join(least)} would; it takes a machine with more"
 
 

@@ -21,9 +21,11 @@ from analysis.claims.ablations import CHECKS, KERNEL_STD
 from analysis.claims.evidence import Evidence
 from analysis.claims.finding import HOLDS
 from sae_zoo import train
-from sae_zoo.config import CONFIG_DIR, build_harvest_spec, build_sae, compose_config
+from sae_zoo.config import CONFIG_DIR, compose_config, plain
 from sae_zoo.data.cache import open_cache
 from sae_zoo.records import RECORD, read_record
+from sae_zoo.running import job as running_job
+from sae_zoo.running.settings import TrainSettings
 
 FILES = {path.stem: path for path in sorted((CONFIG_DIR / "experiment").glob("*.yaml"))}
 # Axes whose values stand at the top of a config and that nothing else there depends on.
@@ -98,7 +100,7 @@ def test_every_job_builds_its_sae_and_has_a_folder_of_its_own(name):
     folders = defaultdict(set)
     for config, task in jobs(name):
         if config.seed == 0:
-            assert build_sae(task, d_in=1, input_scale=1.0).recipe.n_steps == config.recipe.n_steps
+            assert TrainSettings.of(plain(task)).recipe.n_steps == config.recipe.n_steps
         folder, job = config.hydra.sweep.dir, config.hydra.sweep.subdir
         hook = f"{config.hook.site}.{config.hook.layer}"
         assert folder == f"outputs/runs/{name}/{config.lm.name}-{hook}"
@@ -108,7 +110,6 @@ def test_every_job_builds_its_sae_and_has_a_folder_of_its_own(name):
         if together is not None:
             assert config.hook.layer in together.layers and config.hook.site in together.sites
     assert len({frozenset(own) for own in folders.values()}) == 1 and (len(folders) > 1) == (together is not None)
-    build_harvest_spec(config)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -133,13 +134,13 @@ def test_an_axis_on_the_command_line_takes_the_place_of_the_files():
                      for site in ("residual", "mlp", "attention") for target in (20, 40)]
     named = jobs("kernels", "sweep=mine", "seed=0", "l0_target=20", "sae.kernel=gaussian,triangle")
     assert {config.hydra.sweep.dir for config, _ in named} == {"outputs/runs/mine/builtin-residual.3"}
-    assert compose_config("train", ["experiment=kernels", "sae.kernel=gaussian"]).sae.bandwidth == 0.00288675
+    assert compose_config("train", ["experiment=kernels", "sae.kernel=gaussian"])["sae"]["bandwidth"] == 0.00288675
 
 
 def test_kernels_have_one_standard_deviation():
     bandwidth = {config.sae.kernel: config.sae.bandwidth for config, _ in jobs("kernels")}
     assert bandwidth.keys() == KERNEL_STD.keys()
-    assert bandwidth["rectangle"] == compose_config("train", []).sae.bandwidth, "not the default's any more"
+    assert bandwidth["rectangle"] == compose_config("train", [])["sae"]["bandwidth"], "not the default's any more"
     for kernel, std in KERNEL_STD.items():
         assert bandwidth[kernel] * std == pytest.approx(bandwidth["rectangle"] * KERNEL_STD["rectangle"], rel=1e-5)
 
@@ -164,7 +165,7 @@ def findings(tmp_path_factory):
         for i, (config, task) in enumerate(jobs(name)):
             if name == "frontier" and (task.sae.name, task.hook.site, task.hook.layer) != ("jumprelu", "residual", 3):
                 continue
-            identity = train._identity(task)
+            identity = running_job._identity(plain(task))
             trained = json.dumps({key: value for key, value in identity.items() if key not in ("label", "config_hash")})
             if trained not in measured:
                 l0 = config.l0_target * math.exp(0.005 * rng.normal())

@@ -23,6 +23,16 @@ def run(tmp_path, enter):
     return call
 
 
+@pytest.fixture(autouse=True)
+def rates(request, monkeypatch):
+    """Times are one test's alone; elsewhere no machine is timed."""
+    if request.function is not test_a_plan_and_the_run_it_speaks_of:
+        of_sae = {"encode": 1e-9, "entry": 1e-7, "parameter": 1e-9, "selected": 1.0}
+        monkeypatch.setattr(plan, "sae_rates", lambda *_, **__: of_sae)
+        monkeypatch.setattr(plan, "lm_rate", lambda *_, **__: 1e-10)
+        monkeypatch.setattr(plan, "disk_rates", lambda _: dict.fromkeys(("write", "read", "digest"), 1e-9))
+
+
 @pytest.fixture
 def small_machine(monkeypatch):
     """Takes part of this machine's memory or disk away."""

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from sae_zoo import pretrain
 from sae_zoo.config import CONFIG_DIR, compose_config
@@ -54,11 +53,12 @@ def whole(run, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIG_DIR / "architecture").glob("*.yaml"))])
 def test_every_architecture_has_the_sites_that_saes_are_trained_on(name):
-    cfg = compose_config("pretrain", [f"architecture={name}"])
-    model = build_model(OmegaConf.to_container(cfg.architecture), load_lm("builtin").tokenizer, cfg.context_size, cfg.seed)
-    tokens = torch.randint(3, cfg.vocab_size, (1, 8))
+    config = compose_config("pretrain", [f"architecture={name}"])
+    architecture = config["architecture"]
+    model = build_model(architecture, load_lm("builtin").tokenizer, config["context_size"], config["seed"])
+    tokens = torch.randint(3, config["vocab_size"], (1, 8))
     for site in ("residual", "mlp", "attention"):
-        hook = resolve_hook(model, "auto", cfg.architecture.num_hidden_layers - 1, site)
+        hook = resolve_hook(model, "auto", architecture["num_hidden_layers"] - 1, site)
         assert capture(model, [hook], tokens)[hook.name].shape == (1, 8, hook_width(model, hook))
 
 

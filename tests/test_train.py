@@ -17,7 +17,10 @@ from sae_zoo.config import CONFIG_DIR
 from sae_zoo.data.cache import open_cache
 from sae_zoo.frontier import plot
 from sae_zoo.records import read_record
+from sae_zoo.running.scoring import notes_on
+from sae_zoo.saes import variant_class
 
+ROOT = Path(__file__).parents[1]
 SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "d_sae=512", "recipe.n_steps=100",
          "recipe.batch_size=256", "evaluation.n_lm_tokens=1024", "trainer.progress_bar=false",
          "trainer.checkpoint_every=20", "trainer.validation_every=20"]
@@ -46,10 +49,10 @@ def sweep(root):
 
 
 def test_a_sweep_ends_with_its_table_and_plot(run, sweep):
-    status, printed = run("-m", "sweep=demo", "sae=jumprelu,topk,gated,relu", "l0_target=10,20")
+    status, printed = run("-m", "sweep=demo", "sae=jumprelu,topk", "l0_target=10,20")
     assert status == 0, printed
     jobs = sorted(p.name for p in sweep.iterdir() if p.is_dir())
-    assert len(jobs) == 8 and jobs[0] == "gated-l0_10-seed_0"
+    assert len(jobs) == 4 and jobs[0] == "jumprelu-l0_10-seed_0"
     for job in jobs:
         record = read_record(sweep / job)
         assert record["status"] == "finished" and record["error"] is None
@@ -66,7 +69,7 @@ def test_a_sweep_ends_with_its_table_and_plot(run, sweep):
     assert "jumprelu" in printed and "delta LM" in printed
     last = printed.strip().splitlines()[-1]
     assert last == str(sweep / "frontier.png") and Path(last).stat().st_size > 10_000
-    assert len(pd.read_csv(sweep / "frontier.csv")) == 8
+    assert len(pd.read_csv(sweep / "frontier.csv")) == 4
 
 
 def test_a_second_time_everything_is_skipped(run, sweep):
@@ -130,7 +133,7 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(run, root, monke
 
 @pytest.mark.parametrize("sae", ["jumprelu", "topk"])
 def test_an_interrupted_run_ends_bit_identical(run, root, sweep, monkeypatch, sae):
-    cls = train.build_sae.__globals__["variant_class"](sae)
+    cls = variant_class(sae)
     honest = cls.loss
 
     def dies(self, x, **kwargs):
@@ -253,11 +256,13 @@ def test_wandb_is_not_imported_otherwise():
 
 
 def test_the_readme_snippet_runs(sweep):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    names = {"run_dir": sweep / "topk-l0_10-seed_0", "x": torch.randn(5, 256)}
-    exec(snippet, names)
-    torch.testing.assert_close(names["output"].x_hat, names["x_hat"])
+    path = "outputs/runs/builtin-residual.3/jumprelu-l0_40-seed_0"
+    assert path in snippet
+    names = {}
+    exec(snippet.replace(path, str(sweep / "jumprelu-l0_10-seed_0")), names)
+    torch.testing.assert_close(names["sae"](names["x"]).x_hat, names["x_hat"])
     torch.testing.assert_close(names["code"].to_dense(), names["latents"])
 
 
@@ -270,13 +275,21 @@ def test_gradients_are_clipped(run, sweep):
     assert status == 2 and "trainer.gradient_clip_val is 0; it must be positive, or null for none" in printed
 
 
-def test_the_readme_commands_compose():
-    readme = (Path(__file__).parent.parent / "README.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"python -m sae_zoo\.(\w+)([^#\n`&]*)", readme)
-    assert len(commands) > 10
+def test_the_snippet_of_the_docs_trains(tmp_path, monkeypatch):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "configs.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    small = ", ".join(f'"{override}"' for override in SMALL if not override.startswith("recipe.n_steps"))
+    exec(snippet.replace('"recipe.n_steps=100"', f'"recipe.n_steps=20", {small}'), names)
+    assert names["record"]["status"] == "finished" and (tmp_path / "outputs/mine/record.json").exists()
+
+
+def test_the_commands_of_readme_and_docs_compose():
+    text = "\n".join(path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))).replace("\\\n", " ")
+    commands = set(re.findall(r"-m sae_zoo\.(\w+)([^#\n`&]*)", text))
+    assert len(commands) > 30
     for entry, overrides in commands:
-        if entry == "english":  # takes no config: a folder, or nothing
-            assert not overrides.strip()
+        if entry == "english":  # takes no config
             continue
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             for override in overrides.split():
@@ -296,5 +309,5 @@ def test_records_are_plain_json(sweep):
 def test_a_collapse_is_told_with_how_the_run_ended():
     sae = types.SimpleNamespace(notes=["collapsed at step 420: 21% of the latents are dead"])
     record = {"l0_missed": False, "fvu": 0.2362, "dead_fraction": 0.035}
-    assert train._notes(sae, None, record) == [
+    assert notes_on(sae, None, record) == [
         "collapsed at step 420: 21% of the latents are dead; at the end 3.5% of the latents are silent, FVU is 0.236"]

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 
 from analysis.claims.evidence import Evidence
 from analysis.claims.report import (
-    as_json, format_by_l0, format_by_lm, format_notes, format_table, judge, judge_by_lm,
+    as_json,
+    format_by_l0,
+    format_by_lm,
+    format_notes,
+    format_table,
+    judge,
+    judge_by_lm,
 )
 from sae_zoo.command_line import OneLineParser
 

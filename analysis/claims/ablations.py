@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from analysis.claims.compare import Units, mean_difference, on_grid
-from analysis.claims.evidence import NAMES, Arm, Curve, Evidence, Group, Pair, Record, is_published, number
+from analysis.claims.evidence import Arm, Curve, Evidence, Group, Pair, Record, is_published, number
 from analysis.claims.finding import Check, Finding, decide, finding, not_measured, over, plain, show
 from analysis.claims.intervals import estimate
+from sae_zoo.frontier.labels import NAMES
 from sae_zoo.frontier.pareto import interpolate_at
 
 # Standard deviation of each kernel at bandwidth 1, from its formula (sae_zoo.functional.activations has the same).

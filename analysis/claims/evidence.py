@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sae_zoo.frontier.labels import NAMES
 from sae_zoo.frontier.pareto import label_of
 from sae_zoo.frontier.runs import COMPARABLE, run_name
 from sae_zoo.records import FINISHED, RECORD, read_records
@@ -19,7 +20,6 @@ Record = Mapping[str, Any]
 Group = tuple  # the values of COMPARABLE: runs are compared within one only
 Pair = tuple[Group, int]  # group and seed
 
-NAMES = {"relu": "ReLU", "gated": "Gated", "gated_ri_l1": "Gated RI-L1", "topk": "TopK", "jumprelu": "JumpReLU"}
 # What the paper's arms are, of the options that ablations change; a run that says otherwise is in no arm of a frontier.
 PUBLISHED = {
     "relu": {"sae.penalty": "l1"},

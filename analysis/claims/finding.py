@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from analysis.claims.compare import Units
-from analysis.claims.evidence import NAMES, Evidence, Record, group_of, number, options_of
+from analysis.claims.evidence import Evidence, Record, group_of, number, options_of
 from analysis.claims.intervals import FEWEST, Estimate
+from sae_zoo.frontier.labels import NAMES
 
 HOLDS, FAILS, UNDECIDED, NOT_MEASURED = "holds", "does not hold", "undecided", "not measured"
 # The paper's setting (PAPER.md, sections 2 and 3).

@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 
 from analysis.claims.compare import Units, mean_difference, mean_level, ratios_by_l0, slopes
-from analysis.claims.evidence import NAMES, Arm, Evidence, is_published
+from analysis.claims.evidence import Arm, Evidence, is_published
 from analysis.claims.finding import (
-    PAPER_D_SAE, Check, Finding, decide, finding, has_auxk, not_measured, over, plain, show,
+    PAPER_D_SAE,
+    Check,
+    Finding,
+    decide,
+    finding,
+    has_auxk,
+    not_measured,
+    over,
+    plain,
+    show,
 )
 from analysis.claims.intervals import Estimate
+from sae_zoo.frontier.labels import NAMES
 
 LOSSES = {"fvu": "FVU", "delta_lm_loss": "delta LM loss"}
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from scipy import stats
 
-from analysis.claims.evidence import NAMES, STE, STEP, Evidence, number
+from analysis.claims.evidence import STE, STEP, Evidence, number
 from analysis.claims.finding import Check, Finding, decide, not_measured, show
 from analysis.claims.intervals import CONFIDENCE, FEWEST, Estimate, estimate
+from sae_zoo.frontier.labels import NAMES
 
 
 def unbiased_gradient(evidence: Evidence) -> Finding:

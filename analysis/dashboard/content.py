@@ -14,7 +14,17 @@ from torch import Tensor
 
 from analysis.dashboard.frontier import frontier
 from analysis.latents import (
-    KINDS, Context, Run, Survey, UnknownEffects, contexts, logit_effects, nearest, stratified, survey, token_texts,
+    KINDS,
+    Context,
+    Run,
+    Survey,
+    UnknownEffects,
+    contexts,
+    logit_effects,
+    nearest,
+    stratified,
+    survey,
+    token_texts,
 )
 from analysis.latents.logits import Effects
 from sae_zoo.frontier.pareto import label_of

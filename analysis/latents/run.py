@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from sae_zoo.config import device_of
 from sae_zoo.records import FINISHED, RECORD, read_record
+from sae_zoo.running.job import read_config
+from sae_zoo.running.settings import SourceSettings, device_of
+from sae_zoo.running.sources import Source, open_source
 from sae_zoo.saes import SAE
 from sae_zoo.saes.io import load_sae
-from sae_zoo.source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -62,13 +60,13 @@ def open_runs(directories: Sequence[Path | str], *, progress_bar: bool = False) 
                              f"{record['data_id']}; only runs on the same ones can stand side by side")
     device = device_of("auto")
     saes = [load_sae(record["run_dir"]).to(device) for record in records]
-    config = Path(first["run_dir"]) / "config.yaml"
+    config = read_config(Path(first["run_dir"]))
     try:
-        source = open_source(OmegaConf.load(config), device, progress_bar=progress_bar)
-    except OmegaConfBaseException as error:
-        what = str(error).splitlines()[0]
-        raise ValueError(f"{config} does not say where the activations are ({what}); use the version of sae_zoo that "
-                         "wrote it") from None
+        settings = SourceSettings.of(config)
+    except ValueError as error:
+        raise ValueError(f"the config of {first['run_dir']} does not say where the activations are ({error}); use the "
+                         "version of sae_zoo that wrote it") from None
+    source = open_source(settings, device, progress_bar=progress_bar)
     if source.activations.data_id != first["data_id"]:
         raise ValueError(f"{first['run_dir']} was trained on {first['data_id']}, but its config gives "
                          f"{source.activations.data_id} here; the text or the language model has changed since")

@@ -6,11 +6,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.claims.compare import ratios_by_l0
-from analysis.claims.evidence import NAMES, Evidence
+from analysis.claims.evidence import Evidence
 from analysis.claims.frontiers import LOSSES
 from analysis.claims.intervals import Estimate
 from analysis.paper.page import LINE, SIZE, add_axes, blank, say, say_lines, wrap
 from analysis.paper.runs import NotMeasured, Runs
+from sae_zoo.frontier.labels import NAMES
 from sae_zoo.frontier.style import STYLES, TEXT, label_log_axes
 
 # Those of claims C1 and C2; of Gated's two forms the better at each L0. ReLU is so far away that it would hide the rest.

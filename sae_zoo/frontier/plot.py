@@ -14,7 +14,16 @@ from matplotlib.figure import Figure
 from sae_zoo.frontier.pareto import SeedGroup, front_of_curves, group_seeds, is_curve, label_of
 from sae_zoo.frontier.runs import Record, check_comparable, read_runs
 from sae_zoo.frontier.style import (
-    FONT_SIZE, FRONT, TEXT, Style, can_draw, draw_curve, label_curves, label_log_axes, save_figure, styles,
+    FONT_SIZE,
+    FRONT,
+    TEXT,
+    Style,
+    can_draw,
+    draw_curve,
+    label_curves,
+    label_log_axes,
+    save_figure,
+    styles,
 )
 from sae_zoo.frontier.table import format_table, left_out, notes
 

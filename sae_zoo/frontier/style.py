@@ -1,4 +1,4 @@
-"""How every plot looks: one colour and marker a variant, plain numbers on log axes, labels beside the curves, the same
+"""How every plot looks: one colour and marker a variant (its config says which), plain numbers on log axes, labels beside the curves, the same
 bytes from the same runs.
 
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which stay apart under the common colour blindnesses;
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from sae_zoo.frontier.labels import DISPLAYS
 from sae_zoo.frontier.pareto import SeedGroup, is_curve
 
 FONT_SIZE = 10.0
@@ -32,25 +33,18 @@ class Style:
     marker: str
 
 
-STYLES = {
-    "relu": Style("#000000", "D"),
-    "gated": Style("#009E73", "s"),
-    "topk": Style("#D55E00", "^"),
-    "jumprelu": Style("#0072B2", "o"),
-}
-# Another form of a variant: its hue, lighter, with a marker of its own.
-FORMS = {"gated_ri_l1": Style("#57B893", "v")}
+STYLES = {label: Style(display["color"], display["marker"]) for label, display in DISPLAYS.items()}
 # For other names. The two lengths have no common divisor, so that all their pairs come before one returns.
 _COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "#777777")
-_MARKERS = ("p", "<", "*", ">", "P")
+_MARKERS = ("p", "<", "*", ">", "h")
 
 
 def styles(labels: Iterable[str]) -> dict[str, Style]:
-    """A style for each label: the variant's own, and for other names the next of a fixed cycle, in order of name."""
-    labels, fixed = set(labels), STYLES | FORMS
-    others = sorted(labels - fixed.keys())
+    """A style for each label: its config's own, and for other names the next of a fixed cycle, in order of name."""
+    labels = set(labels)
+    others = sorted(labels - STYLES.keys())
     cycle = {name: Style(_COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]) for i, name in enumerate(others)}
-    return {label: fixed.get(label) or cycle[label] for label in sorted(labels)}
+    return {label: STYLES.get(label) or cycle[label] for label in sorted(labels)}
 
 
 def readable_ticks(low: float, high: float) -> list[float]:

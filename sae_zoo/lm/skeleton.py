@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, PreTrainedModel
 
-from sae_zoo.lm.dtype import build_skeleton, check_dtype, choose_dtype
 from sae_zoo.lm import dtype as of_dtype
+from sae_zoo.lm.dtype import build_skeleton, check_dtype, choose_dtype
 from sae_zoo.lm.gguf import gguf_config, gguf_file
 from sae_zoo.lm.load import BUILTIN, MADE
 

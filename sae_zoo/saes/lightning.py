@@ -17,7 +17,13 @@ from torch import Tensor
 
 from sae_zoo.functional.processes import sum_over_processes
 from sae_zoo.training.adam import Adam
-from sae_zoo.training.control import LARGEST_BESIDE_SHIFTS, LARGEST_ERROR, l0_error, next_log_coefficient, threshold_shift
+from sae_zoo.training.control import (
+    LARGEST_BESIDE_SHIFTS,
+    LARGEST_ERROR,
+    l0_error,
+    next_log_coefficient,
+    threshold_shift,
+)
 from sae_zoo.training.recipe import Recipe
 from sae_zoo.training.schedules import decays, lr_factor, warmup_factor
 from sae_zoo.training.watch import collapse

@@ -2,7 +2,8 @@ import pytest
 
 from sae_zoo.config import compose_config
 from sae_zoo.records import write_record
-from sae_zoo.train import run_job
+from sae_zoo.running.job import run_job
+from sae_zoo.running.settings import TrainSettings
 
 SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "d_sae=512", "recipe.n_steps=60",
          "recipe.batch_size=256", "evaluation.n_lm_tokens=512", "trainer.progress_bar=false"]
@@ -15,7 +16,7 @@ def trained(tmp_path_factory):
     for sae in ("topk", "jumprelu"):
         folder = root / "runs" / "demo" / sae
         folder.mkdir(parents=True)
-        run_job(compose_config("train", [f"sae={sae}", "l0_target=10", f"output_dir={root}", *SMALL]), folder)
+        run_job(TrainSettings.of(compose_config("train", [f"sae={sae}", "l0_target=10", f"output_dir={root}", *SMALL])), folder)
     return root / "runs" / "demo"
 
 

@@ -16,7 +16,8 @@ from analysis.dashboard.page import render
 from analysis.latents import open_runs
 from sae_zoo.config import compose_config
 from sae_zoo.records import read_record
-from sae_zoo.train import run_job
+from sae_zoo.running.job import run_job
+from sae_zoo.running.settings import TrainSettings
 
 
 def data_of(page):
@@ -162,9 +163,9 @@ def test_a_run_on_a_users_file_has_no_text_and_says_so(tmp_path):
     np.save(tmp_path / "acts.npy", (rng.random((5000, 30)) < 0.1).astype("float32") @ rng.normal(size=(30, 16)))
     folder = tmp_path / "runs" / "mine" / "topk"
     folder.mkdir(parents=True)
-    run_job(compose_config("train", [
+    run_job(TrainSettings.of(compose_config("train", [
         "data=file", f"data.path={tmp_path / 'acts.npy'}", "sae=topk", "l0_target=4", "d_sae=64", "recipe.n_steps=40",
-        f"output_dir={tmp_path}", "trainer.progress_bar=false"]), folder)
+        f"output_dir={tmp_path}", "trainer.progress_bar=false"])), folder)
     found = gather(open_runs([folder]), n_latents=100)
     (part,) = found["runs"]
     assert part["notes"] == ["These activations came from a file, without their text: there are no contexts and no "

@@ -8,7 +8,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from analysis.latents import (
-    KINDS, Context, UnknownEffects, contexts, highlighted, logit_effects, nearest, open_runs, stratified, survey,
+    KINDS,
+    Context,
+    UnknownEffects,
+    contexts,
+    highlighted,
+    logit_effects,
+    nearest,
+    open_runs,
+    stratified,
+    survey,
     token_texts,
 )
 from analysis.latents.contexts import choose_places
@@ -297,5 +306,5 @@ def test_runs_that_cannot_be_opened(trained, tmp_path):
             open_runs(folders)
     old = copy("old")
     (old / "config.yaml").write_text((old / "config.yaml").read_text().replace("site: residual", ""))
-    with pytest.raises(ValueError, match="config.yaml does not say where the activations are .*site"):
+    with pytest.raises(ValueError, match="does not say where the activations are .*hook.site is missing"):
         open_runs([old])

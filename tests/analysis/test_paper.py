@@ -15,7 +15,7 @@ from matplotlib.text import Text
 from analysis.paper import FIGURES, NotMeasured, draw_paper, load_runs
 from analysis.paper.__main__ import main
 from analysis.paper.curves import METRICS, draw_curves, notes_on_curves
-from sae_zoo.frontier.style import FORMS, STYLES, styles
+from sae_zoo.frontier.style import STYLES, styles
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = ("gated", "gated_ri_l1", "jumprelu", "relu", "topk")
@@ -47,7 +47,7 @@ def panels(figure):
 def curves_of(axes):
     """label -> (points of its line, its markers), found by colour alone."""
     found = {}
-    for label, style in (STYLES | FORMS).items():
+    for label, style in STYLES.items():
         own = [line for line in axes.lines if line.get_color() == style.color]
         points = [list(zip(*line.get_data())) for line in own if line.get_linestyle() == "-"]
         markers = [list(zip(*line.get_data())) for line in own if line.get_marker() == style.marker]
@@ -219,8 +219,8 @@ STEP = {"shape": [384, 8192, 4096, 40], "encoder_gemm_ms": 98.0,
 
 def test_the_second_form_of_gated_has_a_style_of_its_own_everywhere():
     assert styles(["gated_ri_l1"])["gated_ri_l1"] == styles([*STYLES, "gated_ri_l1", "a"])["gated_ri_l1"]
-    looks = styles([*STYLES, *FORMS, *(f"other{i}" for i in range(20))])
-    assert len(set(looks.values())) == 25 and len({looks[label].marker for label in LABELS}) == 5
+    looks = styles([*STYLES, *(f"other{i}" for i in range(20))])
+    assert len(set(looks.values())) == len(STYLES) + 20 and len({looks[label].marker for label in LABELS}) == 5
 
 
 THRESHOLDS = {"hook": "residual.3", "l0": 39.8, "d_sae": 131072, "bandwidth": 0.01, "kernel": "epanechnikov", "n_rows": 2_000_000,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import forecast
-from sae_zoo import train
+from sae_zoo.running import job as running_job
 
 
 def test_flops_by_hand_with_a_gradient_that_is_asked_for():
@@ -22,7 +22,7 @@ def test_flops_by_hand_with_a_gradient_that_is_asked_for():
 def test_phases_of_a_run(enter, tmp_path, monkeypatch, capfd):
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(2000, 16)).astype("float32"))
     for name in forecast._PHASES:
-        monkeypatch.setattr(train, name, getattr(train, name))  # what forecast puts there is taken away again
+        monkeypatch.setattr(running_job, name, getattr(running_job, name))  # what forecast puts there is taken away again
     overrides = ["data=file", f"data.path={tmp_path / 'rows.npy'}", "d_sae=64", "l0_target=4", "recipe.n_steps=20",
                  "recipe.batch_size=64", "trainer.accelerator=cpu", "trainer.progress_bar=false", f"output_dir={tmp_path}"]
     planned = {phase: {"seconds": 2.0, "host_bytes": 10**9, "flops": 1.0} for phase in ("training", "evaluation")}

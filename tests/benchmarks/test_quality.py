@@ -219,7 +219,7 @@ def test_a_run_of_ours_is_scored_and_not_trained_twice(cache, tmp_path):
 
 def test_the_recipes_other_rates_follow_the_grid():
     jobs = [Job(contestant=OURS, variant="jumprelu", seed=0, lr=lr, sparsity=8.5, **BASE) for lr in (None, 1e-4, 4e-4)]
-    recipes = [contestants.our_config(job).recipe for job in jobs]
+    recipes = [contestants.our_settings(job).config["recipe"] for job in jobs]
     own, low, high = ({key: value for key, value in recipe.items() if key.endswith("lr")} for recipe in recipes)
     assert low["lr"] == pytest.approx(1e-4) and len(own) >= 2
     for key in own:

@@ -1,12 +1,13 @@
 """The benchmarks of speed, on shapes so small that only their bookkeeping is tested, never a time."""
 
+import argparse
 import json
 
 import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.step import Trainee, least_bytes, peak_bytes, synthetic
+from benchmarks.step import Trainee, add_arguments, least_bytes, peak_bytes, synthetic
 from sae_zoo.saes import variants
 
 SHAPE = "16,64,128,6"
@@ -24,10 +25,10 @@ def last_line(capsys):
 
 
 def test_step(capsys, tmp_path):
-    main(["step", "--shape", SHAPE, "--rounds", "3", "--threads", "1", "--peers-dir", str(tmp_path), "--json"])
+    main(["step", "--shape", SHAPE, "--variants", "jumprelu,matryoshka", "--rounds", "3", "--threads", "1", "--peers-dir", str(tmp_path), "--json"])
     result = last_line(capsys)
     assert result["shape"] == [16, 64, 128, 6] and result["encoder_gemm_ms"] > 0
-    assert set(result["variants"]) == set(variants())
+    assert set(result["variants"]) == {"jumprelu", "matryoshka"}
     for r in result["variants"].values():
         assert r["ms"] > 0 and r["ratio"] > 0 and r["dense_ms"] > 0 and r["l0"] == pytest.approx(6, rel=0.35)
         assert set(r["phases_ms"]) == {"forward", "backward", "optimiser", "counters"}
@@ -36,12 +37,13 @@ def test_step(capsys, tmp_path):
 
 
 def test_scaling_and_whole_runs(capsys):
-    main(["scaling", "--d-in", "16", "--batch", "64", "--d-sae", "64,128", "--l0", "4,8", "--rounds", "1", "--json"])
+    main(["scaling", "--d-in", "16", "--batch", "64", "--d-sae", "64,128", "--l0", "4,8", "--rounds", "1", "--variants",
+          "topk", "--json"])
     result = last_line(capsys)
-    assert len(result["rows"]) == 4 * len(variants()) and set(result["exponents"]) == set(variants())
-    main(["whole", "--shape", SHAPE, "--steps", "30", "--json"])
+    assert len(result["rows"]) == 4 and set(result["exponents"]) == {"topk"}
+    main(["whole", "--shape", SHAPE, "--variants", "gated,topk", "--steps", "30", "--json"])
     result = last_line(capsys)
-    assert set(result["variants"]) == set(variants())
+    assert set(result["variants"]) == {"gated", "topk"}
     assert all(r["seconds"] > 0 and r["ratio"] > 0 for r in result["variants"].values())
 
 
@@ -54,6 +56,15 @@ def test_memory_is_that_of_the_step():
     parameters = 4 * 2 * 32 * (65536 - 8192)
     assert wide - small > 2 * parameters  # and their gradients
     assert long - wide < 0.25 * 4 * 1024 * 65536
+
+
+def test_all_variants_are_compared_unless_some_are_named(capsys):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args([]).variants == variants() and parser.parse_args(["--variants=topk"]).variants == ["topk"]
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--variants=topk,banana"])
+    assert "'banana' is no variant; choose from batchtopk, " in capsys.readouterr().err
 
 
 def test_least_bytes_by_hand():

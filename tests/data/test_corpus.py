@@ -8,7 +8,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sae_zoo.data.corpus import (
-    SPLITS, Document, HFDatasetCorpus, PackedTokens, StdlibCorpus, TextFilesCorpus, deal, pack, special_token_ids, split_of,
+    SPLITS,
+    Document,
+    HFDatasetCorpus,
+    PackedTokens,
+    StdlibCorpus,
+    TextFilesCorpus,
+    deal,
+    pack,
+    special_token_ids,
+    split_of,
 )
 from sae_zoo.lm.rows import data_points
 

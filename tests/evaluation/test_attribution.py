@@ -1,12 +1,12 @@
 import math
 
 import torch
-from tests.evaluation.test_lm_loss import KEEP, MODEL, TOKENS
 
 from sae_zoo.evaluation.attribution import gradients, uniformity
 from sae_zoo.functional.sparse_code import SparseCode
 from sae_zoo.lm.hooks import capture, lm_forward, resolve_hook, splice
 from sae_zoo.lm.resume import FromLayer
+from tests.evaluation.test_lm_loss import KEEP, MODEL, TOKENS
 
 HOOK = resolve_hook(MODEL, "auto", 1, "residual")
 

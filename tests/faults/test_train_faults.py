@@ -13,6 +13,7 @@ import torch
 from benchmarks.kills import plain
 from sae_zoo import train
 from sae_zoo.records import read_record
+from sae_zoo.running import job as running_job
 
 ROOT = Path(__file__).parents[2]
 N_STEPS = 60
@@ -125,7 +126,7 @@ def test_ctrl_c_stops_a_sweep(run, tmp_path, monkeypatch):
 
 def test_ctrl_c_while_it_evaluates(run, tmp_path, monkeypatch, whole):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "evaluate_sae", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(running_job, "evaluate_sae", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         status, lines, _ = run(tmp_path)
     assert status == 130 and lines == ["sae_zoo.train: interrupted; the same command goes on from what is finished"]
     monkeypatch.setattr("sae_zoo.saes.jumprelu.JumpReLUSAE.loss", None)  # it does not train again
@@ -154,14 +155,14 @@ def test_a_full_disk_at_a_checkpoint(run, small_disk, monkeypatch, whole):
 
 def test_a_full_disk_at_the_record(run, small_disk, monkeypatch, whole):
     disk = small_disk(8_000_000)
-    honest = train.save_sae
+    honest = running_job.save_sae
 
     def save_and_fill(*args, **kwargs):
         honest(*args, **kwargs)
         fill(disk)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_sae", save_and_fill)
+        patch.setattr(running_job, "save_sae", save_and_fill)
         status, lines, _ = run(disk)
     assert status == 2 and len(lines) == 1 and "record.json cannot be written: No space left on device" in lines[0]
     assert "000000060.ckpt" in checkpoints(disk)

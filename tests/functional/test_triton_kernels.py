@@ -293,11 +293,13 @@ def compiling_every_kernel(kernels):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["jumprelu", "topk", "topk sae.recall=0.5", "gated", "relu"])
 def check_training_step_equals_the_cpus(name, dtype, monkeypatch):
-    from sae_zoo.config import build_sae, compose_config
+    from sae_zoo.config import compose_config
     from sae_zoo.functional import cpu_kernels, cuda_kernels, selection, sparse_code
+    from sae_zoo.running.settings import TrainSettings
 
     x = torch.randn(24, 12, generator=torch.Generator().manual_seed(0))
-    sae = build_sae(compose_config("train", [*f"sae={name}".split(), "d_sae=40", "l0_target=4"]), d_in=12, input_scale=3.0)
+    settings = TrainSettings.of(compose_config("train", [*f"sae={name}".split(), "d_sae=40", "l0_target=4"]))
+    sae = settings.sae(d_in=12, input_scale=3.0)
     sae.initialise(x)
     gradients = {}
     for kernels in (cpu_kernels, cuda_kernels):

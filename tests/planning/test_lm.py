@@ -16,13 +16,13 @@ GEMMA_2 = {"gemma2_2b": (2_614_341_888, 2304, 2048, 26), "gemma2_9b": (9_241_705
 def test_gemma_2_has_every_hook_point_of_the_paper_at_its_width(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     n_parameters, stream, heads, n_layers = GEMMA_2[name]
-    lm = compose_config("train", [f"lm={name}"]).lm
-    model = load_skeleton(lm.path, dtype=lm.dtype)
+    lm = compose_config("train", [f"lm={name}"])["lm"]
+    model = load_skeleton(lm["path"], dtype=lm["dtype"])
     assert {p.device.type for p in model.parameters()} == {"meta"} and model.config.model_type == "gemma2"
     assert len(model.model.layers) == n_layers and model.num_parameters() == n_parameters
     assert n_bytes(model) == 2 * n_parameters  # bfloat16
     places = [(layer, site) for layer in (9, 20, min(31, n_layers - 1)) for site in SITES["gemma2"]]
-    hooks = [resolve_hook(model, lm.sites, *place) for place in places]
+    hooks = [resolve_hook(model, lm["sites"], *place) for place in places]
     assert hook_widths(model, hooks) == [heads if site == "attention" else stream for _, site in places]
 
 

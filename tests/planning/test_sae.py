@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_zoo.config import build_sae, compose_config
+from sae_zoo.config import compose_config
 from sae_zoo.planning.sae import sae_cost
+from sae_zoo.running.settings import TrainSettings
 from sae_zoo.saes import variants
 
 D_IN, D_SAE, BATCH = 24, 96, 64
@@ -18,8 +19,8 @@ D_IN, D_SAE, BATCH = 24, 96, 64
 
 def build(variant, *, d_in=D_IN, d_sae=D_SAE, **overrides):
     given = {"sae": variant, "d_sae": d_sae, "l0_target": 8, **overrides}
-    cfg = compose_config("train", [f"{key}={value}" for key, value in given.items()])
-    return lambda: build_sae(cfg, d_in=d_in, input_scale=1.0)
+    settings = TrainSettings.of(compose_config("train", [f"{key}={value}" for key, value in given.items()]))
+    return lambda: settings.sae(d_in=d_in, input_scale=1.0)
 
 
 @pytest.mark.parametrize("variant", variants())

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 
-from sae_zoo.config import CONFIG_DIR, build_sae
+from sae_zoo.config import CONFIG_DIR, compose_config
 from sae_zoo.functional import encoder
 from sae_zoo.functional.decoder import normalise_rows_
+from sae_zoo.running.settings import TrainSettings
 from sae_zoo.saes import variant_class, variants
 from sae_zoo.saes.base import Step
 from sae_zoo.saes.io import folded_weights, load_sae, save_sae
@@ -35,14 +35,17 @@ def activations():
 
 
 def config(name, *overrides):
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        return compose("train", [f"sae={name}", f"d_sae={D_SAE}", f"l0_target={TARGET}", *overrides])
+    return compose_config("train", [f"sae={name}", f"d_sae={D_SAE}", f"l0_target={TARGET}", *overrides])
+
+
+def build(config, **facts):
+    return TrainSettings.of(config).sae(**facts)
 
 
 @pytest.fixture(params=CASES)
 def sae(request):
     x = activations()
-    sae = build_sae(config(request.param.split()[0], *CASES[request.param]), d_in=D_IN,
+    sae = build(config(request.param.split()[0], *CASES[request.param]), d_in=D_IN,
                     input_scale=float(x.square().sum(1).mean().sqrt()))
     sae.initialise(x)
     generator = torch.Generator().manual_seed(2)
@@ -57,7 +60,7 @@ def sae(request):
 
 
 def test_every_variant_has_a_config():
-    assert {config(path.stem).sae.variant for path in (CONFIG_DIR / "sae").glob("*.yaml")} == set(variants())
+    assert {config(path.stem)["sae"]["variant"] for path in (CONFIG_DIR / "sae").glob("*.yaml")} == set(variants())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -128,7 +131,7 @@ def test_sparse_and_dense_steps_equal_plain_automatic_differentiation(sae, bound
 @pytest.mark.parametrize("sparse", [True, False])
 def test_gradients_are_the_same_to_the_bit_with_several_threads(name, sparse):
     x = torch.randn(1024, 64, generator=torch.Generator().manual_seed(0))  # large enough for torch to use its threads
-    sae = build_sae(config(name, "d_sae=1024", "l0_target=40"), d_in=64, input_scale=8.0)
+    sae = build(config(name, "d_sae=1024", "l0_target=40"), d_in=64, input_scale=8.0)
     sae.initialise(x)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -232,7 +235,7 @@ def test_saved_and_loaded_it_means_the_same_on_raw_activations(sae, tmp_path):
 
 
 def test_start_is_near_its_l0(sae):
-    fresh = build_sae(config(sae.variant), d_in=D_IN, input_scale=float(sae.input_scale))
+    fresh = build(config(sae.variant), d_in=D_IN, input_scale=float(sae.input_scale))
     fresh.initialise(activations())
     l0 = (fresh.encode(activations()) > 0).sum().item() / BATCH
     assert l0 == pytest.approx(TARGET, rel=0.3)
@@ -243,7 +246,7 @@ def test_directions_start_near_rows_and_no_two_alike(sae):
     x[0] = x[1:].mean(0)  # this one stands at the mean: it has no direction
     starts = []
     for seed in (0, 0, 1):
-        fresh = build_sae(config(sae.variant, f"seed={seed}"), d_in=D_IN, input_scale=1.0)
+        fresh = build(config(sae.variant, f"seed={seed}"), d_in=D_IN, input_scale=1.0)
         fresh.initialise(x)
         starts.append(fresh.W_dec.detach())
         assert torch.allclose(F.normalize(fresh.W_enc.T), fresh.W_dec, atol=1e-5)
@@ -325,7 +328,7 @@ def test_nothing_of_a_data_dependent_start_depends_on_where_the_origin_is(sae):
     x, far = activations(), torch.linspace(-40, 90, D_IN)
     starts = []
     for shift in (0, far):
-        fresh = build_sae(config(sae.variant), d_in=D_IN, input_scale=1.0)
+        fresh = build(config(sae.variant), d_in=D_IN, input_scale=1.0)
         fresh.initialise(x + shift)
         starts.append((fresh, x + shift))
     (one, at_one), (other, at_other) = starts
@@ -338,25 +341,25 @@ def test_nothing_of_a_data_dependent_start_depends_on_where_the_origin_is(sae):
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIG_DIR / "sae").glob("*.yaml"))])
 def test_the_papers_recipe_has_fixed_coefficients_and_nothing_that_the_paper_has_not(name):
     arguments = {"d_in": D_IN, "input_scale": 1.0}
-    if variant_class(config(name).sae.variant).has_coefficient:
+    if variant_class(config(name)["sae"]["variant"]).has_coefficient:
         with pytest.raises(ValueError, match="recipe.l0_control is false, and sae.sparsity_coefficient is null; give"):
-            build_sae(config(name, "recipe=paper"), **arguments)
-        sae = build_sae(config(name, "recipe=paper", "sae.sparsity_coefficient=0.1"), **arguments)
-        assert build_sae(config(name, "recipe=paper", "recipe.l0_control=true"), **arguments).controlled
+            build(config(name, "recipe=paper"), **arguments)
+        sae = build(config(name, "recipe=paper", "sae.sparsity_coefficient=0.1"), **arguments)
+        assert build(config(name, "recipe=paper", "recipe.l0_control=true"), **arguments).controlled
     else:
-        sae = build_sae(config(name, "recipe=paper"), **arguments)
+        sae = build(config(name, "recipe=paper"), **arguments)
     x = activations()
     start = {key: value.clone() for key, value in sae.named_parameters()}
     sae.initialise(x)
     assert not sae.controlled and sae.calibrate(x) is None
     assert all(torch.equal(value, start[key]) for key, value in sae.named_parameters())
     sae._count(sae.loss(x).counts)
-    assert sae.error_bound.isinf() and config(name, "recipe=paper").data.max_norm is None
+    assert sae.error_bound.isinf() and config(name, "recipe=paper")["data"]["max_norm"] is None
 
 
 def test_weights_are_a_function_of_the_seed(sae):
-    build = [build_sae(config(sae.variant, f"seed={s}"), d_in=D_IN, input_scale=1.0).W_enc for s in (0, 0, 1)]
-    assert torch.equal(build[0], build[1]) and not torch.equal(build[0], build[2])
+    built = [build(config(sae.variant, f"seed={s}"), d_in=D_IN, input_scale=1.0).W_enc for s in (0, 0, 1)]
+    assert torch.equal(built[0], built[1]) and not torch.equal(built[0], built[2])
 
 
 def test_wrong_width_is_one_clear_error(sae):
@@ -368,4 +371,4 @@ def test_wrong_width_is_one_clear_error(sae):
 @pytest.mark.parametrize("target", [0, -3, D_SAE + 1])
 def test_bad_targets(name, target):
     with pytest.raises(ValueError, match=f"l0_target is {target}.*{D_SAE}"):
-        build_sae(config(name, f"l0_target={target}"), d_in=D_IN, input_scale=1.0)
+        build(config(name, f"l0_target={target}"), d_in=D_IN, input_scale=1.0)

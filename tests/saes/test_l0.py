@@ -8,8 +8,9 @@ from benchmarks.sound import synthetic
 from sae_zoo.config import CONFIG_DIR, compose_config
 from sae_zoo.data.file import FileActivations
 from sae_zoo.evaluation.suite import HeldOutRows, score_sae
-from sae_zoo.source import Source
-from sae_zoo.train import fit
+from sae_zoo.running.fitting import fit
+from sae_zoo.running.settings import TrainSettings
+from sae_zoo.running.sources import Source
 
 TARGET = 8
 
@@ -23,12 +24,12 @@ def rows(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((CONFIG_DIR / "sae").glob("*.yaml"))])
 def test_a_short_run_meets_its_l0_on_rows_it_never_saw(name, rows, tmp_path):
-    config = compose_config("train", [
+    settings = TrainSettings.of(compose_config("train", [
         f"sae={name}", "data=file", f"data.path={rows}", "data.heldout_fraction=0.2", "d_sae=96", f"l0_target={TARGET}",
-        "recipe.n_steps=150", "recipe.batch_size=256", "trainer.accelerator=cpu", "trainer.progress_bar=false"])
+        "recipe.n_steps=150", "recipe.batch_size=256", "trainer.accelerator=cpu", "trainer.progress_bar=false"]))
     activations = FileActivations(rows, heldout_fraction=0.2)
-    activations.leave_out(config.data.max_norm)
-    sae, calibration = fit(config, Source(activations, None, None), tmp_path)
+    activations.leave_out(settings.source.max_norm)
+    sae, calibration = fit(settings, Source(activations, None, None), tmp_path)
     held_out = HeldOutRows(activations, "test", 10_000, device=torch.device("cpu"), progress_bar=False)
     scores, _ = score_sae(sae, held_out)
     assert scores["l0"] == pytest.approx(TARGET, rel=0.03)

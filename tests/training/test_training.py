@@ -1,9 +1,10 @@
 import math
 
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
-from sae_zoo.config import CONFIG_DIR, build_recipe
+from sae_zoo.config import CONFIG_DIR
+from sae_zoo.running.settings import recipe_of
 from sae_zoo.training.control import l0_error, next_log_coefficient
 from sae_zoo.training.schedules import auxk_factor, decays, lr_factor, warmup_factor
 
@@ -52,18 +53,18 @@ def test_control_settles_a_slow_plant_on_its_target(start, exponent):
 
 def test_recipes_are_valid_and_bad_values_are_named():
     for name in ("short", "paper"):
-        recipe = OmegaConf.load(CONFIG_DIR / "recipe" / f"{name}.yaml")
-        build_recipe(recipe)
+        recipe = yaml.safe_load((CONFIG_DIR / "recipe" / f"{name}.yaml").read_text())
+        recipe_of(recipe)
     for change, message in (({"lr": 0}, "recipe.lr is 0; it must be positive"),
                             ({"beta1": 1.5}, "recipe.beta1 is 1.5; it must be between 0 and 1"),
                             ({"b_dec_start": "median"}, "recipe.b_dec_start is 'median'; choose zero or mean"),
                             ({"threshold_start": "4"}, "recipe.threshold_start is '4'; choose fixed or quantile"),
                             ({"decoder_start": "pca"}, "recipe.decoder_start is 'pca'; choose random or data")):
         with pytest.raises(ValueError, match=message):
-            build_recipe(OmegaConf.merge(recipe, change))
+            recipe_of({**recipe, **change})
 
 
 def test_the_paper_recipe_is_the_papers():
-    recipe = build_recipe(OmegaConf.load(CONFIG_DIR / "recipe" / "paper.yaml"))
+    recipe = recipe_of(yaml.safe_load((CONFIG_DIR / "recipe" / "paper.yaml").read_text()))
     assert (recipe.lr, recipe.beta1, recipe.beta2, recipe.batch_size) == (7e-5, 0, 0.999, 4096)
     assert (recipe.lr_warmup_steps, recipe.coefficient_warmup_steps, recipe.threshold_start) == (1000, 10000, "fixed")

@@ -7,16 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from sae_zoo import evaluate, train
 from sae_zoo import harvest as harvest_entry_point
-from sae_zoo.config import build_harvest_spec, compose_config, config_hash
+from sae_zoo.config import compose_config
 from sae_zoo.data.cache import make_cache_id
 from sae_zoo.data.corpus import dealt_to, split_of
 from sae_zoo.data.harvesting import identity_of
 from sae_zoo.data.merged import open_cache_or_parts
 from sae_zoo.records import read_record
+from sae_zoo.running.settings import CacheSettings, config_hash
 from tests.data.parts.spec import HELD_OUT, SPEC
 
 
@@ -66,20 +66,19 @@ def test_caches_keep_their_names_and_runs_their_hashes(make):
     """The name is that of a cache of format 2 which knows of no parts."""
     old = {"lm": "8922a27e6609dfda56a69b55fe47aaec682c76f7a5f40d512c49868a973b8c8b",
            "corpus": "e8d1f8f5a3625168909b1931e0f576b9c1d3207394a215c5b52798e950e95dd8"}
-    cfg = compose_config("train", ["data.n_tokens={train: 800000, validation: 60000, test: 100000}",
+    config = compose_config("train", ["data.n_tokens={train: 800000, validation: 60000, test: 100000}",
                                    "data.dtype=float32", "data.rows_per_shard=65536", "data.seed=0",
                                    "lm.context_size=256"])
     hook = replace(make.hook, layer=3, module="model.layers.3")
     lm = replace(make.lm, fingerprint=old["lm"])
     names = [make_cache_id(lm="builtin", hook="residual.3", identity=identity_of(lm, hook, old["corpus"], spec))
-             for spec in (build_harvest_spec(cfg), replace(build_harvest_spec(cfg), part=[0, 2]))]
+             for spec in (CacheSettings.of(config).spec, replace(CacheSettings.of(config).spec, part=[0, 2]))]
     assert names[0] == "builtin-residual.3-a968a9a11d17d699" != names[1]
 
-    resolved = OmegaConf.to_container(cfg, resolve=True)
-    assert resolved["data"].pop("part", 0) is None
-    without = config_hash(resolved)
+    assert config["data"].pop("part", 0) is None
+    without = config_hash(config)
     for part, same in ((None, True), ([0, 2], False)):
-        assert (config_hash({**resolved, "data": {**resolved["data"], "part": part}}) == without) is same
+        assert (config_hash({**config, "data": {**config["data"], "part": part}}) == without) is same
 
 
 @pytest.mark.parametrize("part, message", [
@@ -94,9 +93,9 @@ def test_caches_keep_their_names_and_runs_their_hashes(make):
 ])
 def test_a_bad_part_gets_one_line(part, message):
     part, *online = part.split()
-    cfg = compose_config("harvest", [*(f"data={name}" for name in online), f"data.part={part}"])
+    config = compose_config("harvest", [*(f"data={name}" for name in online), f"data.part={part}"])
     with pytest.raises(ValueError, match=message) as error:
-        build_harvest_spec(cfg)
+        CacheSettings.of(config)
     assert "\n" not in str(error.value)
 
 

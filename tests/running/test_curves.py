@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from sae_zoo.curves import Curves
+from sae_zoo.running.curves import Curves
 
 ROWS = [(0, {"loss": 3.5, "epoch": 0}), (1, {"loss": 0.1 + 0.2}), (1, {"heldout": 7.0}), (2, {"loss": 1e-30}),
         (3, {"loss": -1.0, "rate": 0.25})]

@@ -11,12 +11,15 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from hydra_plugins.sae_zoo_one_stream import _groups
-from sae_zoo import harvest, one_stream, train
+from sae_zoo import harvest, train
 from sae_zoo.config import compose_config
 from sae_zoo.data.file import FileActivations
 from sae_zoo.records import read_record
+from sae_zoo.running import job as running_job
+from sae_zoo.running import scoring, turns
 from sae_zoo.saes.jumprelu import JumpReLUSAE
 from sae_zoo.saes.topk import TopKSAE
 
@@ -125,7 +128,7 @@ def test_two_together_end_as_alone_with_a_language_model(tmp_path, capfd):
 
 def test_every_batch_is_read_once_and_the_source_opened_once(sweep, alone, monkeypatch):
     read, opened, held_out = [], [], []
-    honest_stream, honest_rows, honest_open = FileActivations.stream, FileActivations.rows, train.open_source
+    honest_stream, honest_rows, honest_open = FileActivations.stream, FileActivations.rows, running_job.open_source
 
     def rows(self, split, start, stop):
         held_out.append((split, start))
@@ -143,7 +146,7 @@ def test_every_batch_is_read_once_and_the_source_opened_once(sweep, alone, monke
 
     monkeypatch.setattr(FileActivations, "stream", stream)
     monkeypatch.setattr(FileActivations, "rows", rows)
-    monkeypatch.setattr(train, "open_source", lambda *a, **k: opened.append(1) or honest_open(*a, **k))
+    monkeypatch.setattr(running_job, "open_source", lambda *a, **k: opened.append(1) or honest_open(*a, **k))
     status, folder = sweep(FOUR)
     assert status == 0 and len(opened) == 1
     assert read == [("train", 128 * step) for step in range(N_STEPS)]
@@ -171,8 +174,8 @@ def test_jobs_join_the_stream_at_the_steps_of_their_checkpoints(sweep, rows, alo
             with pytest.raises(RuntimeError, match="power cut"):
                 start([*rows, f"sae={sae}", f"output_dir={tmp_path}", "sweep=s"])
     steps = []
-    honest = one_stream._Member.wait
-    monkeypatch.setattr(one_stream._Member, "wait", lambda self, step: steps.append(step) or honest(self, step))
+    honest = turns._Member.wait
+    monkeypatch.setattr(turns._Member, "wait", lambda self, step: steps.append(step) or honest(self, step))
     status, folder = sweep("sae=topk,jumprelu")
     assert status == 0 and capfd.readouterr().out.count("going on from") == 2
     assert sorted(steps) == sorted([*range(20, N_STEPS), *range(40, N_STEPS)])
@@ -266,7 +269,7 @@ def test_ctrl_c_while_one_is_scored_stops_the_rest(sweep, alone):
         raise AssertionError("Python's own handler would have raised")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "score_sae", interrupted)
+        patch.setattr(scoring, "score_sae", interrupted)
         status, folder = sweep("sae=topk,relu")
     assert status == 130 and checkpoints(job(folder, "relu")) == [40, N_STEPS]
     assert checkpoints(job(folder, "topk")) == [40, N_STEPS - 1]  # its last turn had not come yet
@@ -282,14 +285,13 @@ def test_the_same_job_twice_waits_for_no_lock_of_its_own(sweep, capfd):
 
 
 def config(*overrides, folder="a"):
-    cfg = compose_config("train", list(overrides))
-    return train.OmegaConf.merge(train.OmegaConf.create({"hydra": {"sweep": {"dir": "s", "subdir": folder}}}), cfg)
+    return OmegaConf.create({"hydra": {"sweep": {"dir": "s", "subdir": folder}}, **compose_config("train", overrides)})
 
 
 def test_groups():
     same = [config("sae=topk", "l0_target=20", folder="b"), config("sae=relu", "recipe.lr=1", "d_sae=9", folder="a")]
     others = [config(override, folder=override) for override in (
-        "seed=1", "recipe.n_steps=7", "recipe.batch_size=8", "hook.layer=1", "corpus=text_files",
+        "seed=1", "recipe.n_steps=7", "recipe.batch_size=8", "hook.layer=1", "corpus=english",
         "data.n_tokens.train=9")]
     assert _groups([*same, *others]) == [[1, 0], *([2 + i] for i in range(len(others)))]
     assert _groups([same[0], same[1], same[0], same[0]]) == [[1, 0], [2], [3]]
@@ -305,17 +307,17 @@ def test_seconds_are_of_own_turns():
     clocks = []
 
     def task(sleep):
-        member = one_stream.current()
+        member = turns.current()
         before = member.clock()
-        for _ in one_stream._Turns(member, 0, 3):
+        for _ in turns._Turns(member, 0, 3):
             time.sleep(sleep)
         clocks.append(member.clock() - before)
         return sleep
 
     def with_reader(sleep):
-        one_stream.current().reader = lambda: [torch.zeros(1)] * 3
+        turns.current().reader = lambda: [torch.zeros(1)] * 3
         return task(sleep)
 
-    assert one_stream.train_together([lambda: with_reader(0.05), lambda: with_reader(0.0)]) == [0.05, 0.0]
+    assert turns.train_together([lambda: with_reader(0.05), lambda: with_reader(0.0)]) == [0.05, 0.0]
     assert sorted(clocks)[0] < 0.05 <= 0.15 <= sorted(clocks)[1]
-    assert isinstance(one_stream.current(), one_stream.Alone) and one_stream.current().leads
+    assert isinstance(turns.current(), turns.Alone) and turns.current().leads

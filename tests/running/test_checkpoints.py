@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kills import plain
-from sae_zoo.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
-from sae_zoo.curves import Curves
 from sae_zoo.data.loading import SeededRows, StepDataModule
+from sae_zoo.running.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
+from sae_zoo.running.curves import Curves
 
 ROWS = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
 N_STEPS = 20

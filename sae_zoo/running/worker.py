@@ -1,4 +1,4 @@
-"""``python -m sae_zoo.rank``: one of the processes that :mod:`sae_zoo.processes` starts for a job on several devices."""
+"""``python -m sae_zoo.running.worker``: a process of a job on several devices, as :mod:`sae_zoo.running.devices` starts it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ import time
 import traceback
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from sae_zoo.config import one_line, prepare_process
-from sae_zoo.processes import INTERRUPTED, end_with, place_of_process
-
-
-def _train(config: dict, run_dir: str) -> None:
-    from sae_zoo.train import run_job
-
-    run_job(OmegaConf.create(config), Path(run_dir))
+from sae_zoo.command_line import one_line
+from sae_zoo.process import prepare_process
+from sae_zoo.running.checks import Config
+from sae_zoo.running.devices import INTERRUPTED, end_with, place_of_process
+from sae_zoo.running.job import run_job
+from sae_zoo.running.settings import HarvestSettings, TrainSettings
+from sae_zoo.running.sources import harvest_all
 
 
-def _harvest(config: dict) -> None:
-    from sae_zoo.harvest import harvest_all
+def _train(config: Config, run_dir: str) -> None:
+    run_job(TrainSettings.of(config), Path(run_dir))
 
-    harvest_all(OmegaConf.create(config))
+
+def _harvest(config: Config) -> None:
+    harvest_all(HarvestSettings.of(config))
 
 
 TASKS = {"train": _train, "harvest": _harvest}

@@ -23,8 +23,8 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
 
-from sae_zoo.curves import Curves
 from sae_zoo.files import replacing
+from sae_zoo.running.curves import Curves
 
 log = logging.getLogger(__name__)
 

@@ -5,39 +5,35 @@ import torch
 from hydra.errors import HydraException
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sae_zoo.config import (CONFIG_DIR, build_corpus, build_harvest_spec, build_remote, build_sae, check_settings,
-                            compose_config, config_hash, device_of)
+from sae_zoo.config import CONFIG_DIR, compose_config
+from sae_zoo.running.settings import TrainSettings, config_hash
 
 USERS_MISTAKES = (ValueError, OSError, HydraException, OmegaConfBaseException)  # what an entry point shows as one line
 VARIANTS = sorted(path.stem for path in (CONFIG_DIR / "sae").glob("*.yaml"))
 VALUES = ["null", "-1", "0", "0.5", "1e400", "nan", "abc", "''", "true", "[1,2]", "{a: 1}", "1000000000000", "-inf", "2"]
 
 
-def leaves(cfg, prefix=""):
-    for key in cfg:
-        node = OmegaConf.select(cfg, key)
-        yield from leaves(node, f"{prefix}{key}.") if OmegaConf.is_dict(node) else [prefix + str(key)]
+def leaves(config, prefix=""):
+    for key, value in config.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + str(key)]
 
 
 KEYS = sorted(key for key in leaves(compose_config("train", []))
-              if key.split(".")[0] in ("sae", "recipe", "data", "trainer", "corpus", "evaluation")
+              if key.split(".")[0] in ("sae", "recipe", "data", "lm", "hook", "trainer", "corpus", "evaluation", "logger")
               or key in ("l0_target", "seed", "d_sae"))
 
 
 def build(overrides):
     """All that can be built of a config without data: what is wrong with it is said here, before any work."""
-    cfg = compose_config("train", ["d_sae=8", "l0_target=2", *overrides])
-    config_hash(OmegaConf.to_container(cfg, resolve=True))
-    check_settings(cfg)
-    build_harvest_spec(cfg)
-    build_remote(cfg)
+    config = compose_config("train", ["d_sae=8", "l0_target=2", *overrides])
+    config_hash(config)
+    settings = TrainSettings.of(config)
     if any(override.startswith("corpus") for override in overrides):  # finding all files of the default one takes long
-        build_corpus(cfg.corpus)
-    device_of(cfg.trainer.accelerator)
-    return build_sae(cfg, d_in=4, input_scale=1.0)
+        settings.source.data.corpus()
+    assert settings.trainer.device.type in ("cpu", "cuda") and settings.trainer.n_processes
+    return settings.sae(d_in=4, input_scale=1.0)
 
 
 NO_SHRINKING = [phase for phase in Phase if phase is not Phase.shrink]  # each example composes a config
@@ -83,6 +79,15 @@ def test_what_is_right_is_built(sae):
     ("~recipe.lr", "recipe.lr is missing; leave it in the config"),
     ("~data.seed", "data.seed is missing"),
     ("~trainer.precision", "trainer.precision is missing"),
+    ("~sae.variant", "sae.variant is missing; leave it in the config"),
+    ("~trainer", "trainer is missing"),
+    ("lm.revision=1234567", "lm.revision is 1234567; it must be text or null"),
+    ("lm.sites=5", "lm.sites is 5; it must be text or a mapping"),
+    ("+lm.made=x", "lm.made is unknown here"),
+    ("hook.layer=deep", "hook.layer is 'deep'; it must be a whole number"),
+    ("hook.harvest_together={layers: all, sites: [mlp]}", "hook.harvest_together.layers is 'all'; it must be a list of"),
+    ("logger.name=tensorboard", "logger.name is 'tensorboard'; choose csv or wandb"),
+    ("data.max_norm=far", "data.max_norm is 'far'; it must be a number or null"),
 ])
 def test_types_are_said_by_name(override, message):
     with pytest.raises(ValueError, match=message):

@@ -1,7 +1,7 @@
 """Several devices: a process for each, started from the job's own config, watched, and ended together.
 
 Lightning starts the processes of the other devices by running the command line again, which under ``-m`` is the whole
-sweep (Lightning issue 11300). Here the job's process stays out of the training: it starts ``python -m sae_zoo.rank`` once
+sweep (Lightning issue 11300). Here the job's process stays out of the training: it starts ``python -m sae_zoo.running.worker`` once
 for each device of this machine and waits. Where torchrun or SLURM has started a process for each device already, each of
 them runs the job itself.
 """
@@ -44,6 +44,11 @@ def place_of_process() -> tuple[int, int]:
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     return 0, 1
+
+
+def is_helper() -> bool:
+    """Whether this is one of several processes of a job, and not the first."""
+    return place_of_process()[0] > 0
 
 
 def devices_of(accelerator: str, devices: int | str | Sequence[int]) -> list[int]:
@@ -89,7 +94,7 @@ def use_own_device(devices: Sequence[int]) -> None:
 
 
 def run_in_processes(task: str, arguments: Mapping[str, Any], n: int, *, logging_config: Mapping[str, Any]) -> None:
-    """Run a task of :mod:`sae_zoo.rank` in ``n`` processes, which see each other, and wait for them.
+    """Run a task of :mod:`sae_zoo.running.worker` in ``n`` processes, which see each other, and wait for them.
 
     When one ends with an error the others are ended too. Ctrl-C is passed on once for each time that it comes.
 
@@ -115,7 +120,7 @@ def run_in_processes(task: str, arguments: Mapping[str, Any], n: int, *, logging
             environment["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // n))
         # In sessions of their own, so that Ctrl-C reaches them through us, and once.
         processes = [
-            subprocess.Popen([sys.executable, "-m", "sae_zoo.rank", folder], start_new_session=True,
+            subprocess.Popen([sys.executable, "-m", "sae_zoo.running.worker", folder], start_new_session=True,
                              env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(n)]
         interrupts: list[int] = []

@@ -12,13 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
-from sae_zoo import load_sae
+from sae_zoo import harvest, load_sae, train
 from sae_zoo.config import compose_config
-from sae_zoo.processes import devices_of, in_this_process, place_of_process
 from sae_zoo.records import read_record
-from sae_zoo.train import run_job
+from sae_zoo.running.devices import devices_of, in_this_process, place_of_process
+from sae_zoo.running.job import run_job
+from sae_zoo.running.settings import TrainSettings
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # beta1 = 0 and a large epsilon: Adam divides by the gradient's size, which turns rounding into whole steps where a
 # gradient is almost zero.
 SMALL = ["l0_target=4", "d_sae=64", "recipe.batch_size=256", "data=file", "trainer.accelerator=cpu",
@@ -48,15 +49,15 @@ def rows(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def swept(rows, tmp_path_factory):
-    """A sweep on one device and on two."""
+    """A sweep on two devices, and the same jobs on one; so wide that some latents are silent: AuxK has work."""
     root = tmp_path_factory.mktemp("swept")
-    for devices in (1, 2):
-        status, printed = run(
-            "-m", "sae=jumprelu,topk", *(o.replace("d_sae=64", "d_sae=512") for o in SMALL), f"data.path={rows}",
-            "recipe.n_steps=30", "recipe.dead_after_tokens=300",  # so wide that some latents are silent: AuxK has work
-            f"trainer.devices={devices}", f"sweep=d{devices}", f"output_dir={root}")
-        assert status == 0, printed
-        assert (root / "runs" / f"d{devices}" / "frontier.png").exists()
+    overrides = [*(o.replace("d_sae=64", "d_sae=512") for o in SMALL), f"data.path={rows}", "recipe.n_steps=30",
+                 "recipe.dead_after_tokens=300"]
+    status, printed = run("-m", "sae=jumprelu,topk", *overrides, "trainer.devices=2", "sweep=two", f"output_dir={root}")
+    assert status == 0, printed
+    assert (root / "runs" / "two" / "frontier.png").exists()
+    for variant in ("jumprelu", "topk"):
+        run_job(TrainSettings.of(compose_config("train", [f"sae={variant}", *overrides])), root / "runs" / "one" / variant)
     return root / "runs"
 
 
@@ -76,14 +77,14 @@ def assert_same_runs(one, two):
 
 @pytest.mark.parametrize("variant", ["jumprelu", "topk"])
 def test_two_processes_train_what_one_does(swept, variant):
-    curve = assert_same_runs(*(next((swept / f"d{n}").glob(f"{variant}-*")) for n in (1, 2)))
+    curve = assert_same_runs(swept / "one" / variant, next((swept / "two").glob(f"{variant}-*")))
     assert variant != "topk" or curve["dead_fraction"].max() > 0  # AuxK is on
 
 
 def test_torchrun_with_a_loss_that_is_no_mean_over_tokens(rows, tmp_path):
     overrides = ["sae=jumprelu", "sae.sparsity_loss=l0_target", "sae.sparsity_coefficient=0.3", *SMALL, f"data.path={rows}",
                  "recipe.n_steps=30"]
-    run_job(compose_config("train", overrides), tmp_path / "one")
+    run_job(TrainSettings.of(compose_config("train", overrides)), tmp_path / "one")
     status, printed = run("--nproc-per-node=2", "--master-port=29555", "-m", "sae_zoo.train", *overrides,
                           "trainer.devices=2", f"output_dir={tmp_path}", module="torch.distributed.run")
     assert status == 0, printed
@@ -108,11 +109,13 @@ def long_run(rows, tmp_path):
     """Starts a run that takes a while on two devices and waits for a checkpoint; returns its process and its folder."""
     started = []
 
-    def begin(*more):
-        process = start("sae=topk", *SMALL, f"data.path={rows}", "recipe.n_steps=1500", "trainer.checkpoint_every=50",
-                        "trainer.devices=2", f"output_dir={tmp_path}", *more)
+    def begin():
+        known = {path.name for path in tmp_path.glob("runs/*/*/checkpoints/*.ckpt")}
+        process = start("sae=topk", *SMALL, f"data.path={rows}", "recipe.n_steps=1000", "trainer.checkpoint_every=25",
+                        "trainer.devices=2", f"output_dir={tmp_path}")
         started.append(process)
-        wait_for(lambda: process.poll() is not None or list(tmp_path.glob("runs/*/*/checkpoints/*.ckpt")))
+        wait_for(lambda: process.poll() is not None
+                 or {path.name for path in tmp_path.glob("runs/*/*/checkpoints/*.ckpt")} - known)
         assert process.poll() is None, process.communicate()
         return process, next(tmp_path.glob("runs/*/*/checkpoints")).parent
 
@@ -123,8 +126,15 @@ def long_run(rows, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
-def test_a_device_that_dies_ends_the_job_which_can_go_on(long_run):
+def test_an_interrupt_a_device_that_dies_and_a_run_that_goes_on(long_run):
     process, run_dir = long_run()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted after step" in err and "Traceback" not in err
+    step = int(err.split("interrupted after step ")[1].split(";")[0])
+    assert (run_dir / "checkpoints" / f"{step:09d}.ckpt").exists()
+
+    process, _ = long_run()
     first, second = processes_below(process.pid)
     os.kill(second, signal.SIGKILL)
     _, err = process.communicate(timeout=60)
@@ -132,6 +142,7 @@ def test_a_device_that_dies_ends_the_job_which_can_go_on(long_run):
     assert not Path(f"/proc/{first}").exists()
     record = read_record(run_dir)
     assert record["status"] == "failed" and "device 1 was ended by SIGKILL" in record["error"]
+
     process, _ = long_run()
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "going on from" in out + err
@@ -147,51 +158,43 @@ def test_devices_do_not_outlive_who_started_them(long_run):
     wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children), seconds=30)
 
 
-def test_an_interrupt_stops_both_after_a_step(long_run):
-    process, run_dir = long_run()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted after step" in err and "Traceback" not in err
-    step = int(err.split("interrupted after step ")[1].split(";")[0])
-    assert (run_dir / "checkpoints" / f"{step:09d}.ckpt").exists()
-
-
-def test_a_mistake_is_said_once_and_recorded(rows, tmp_path):
+def test_a_mistake_is_said_once_and_recorded(enter, rows, tmp_path):
     bad = np.load(rows)
     bad[:] = 0
     np.save(tmp_path / "zero.npy", bad)
-    status, printed = run("sae=topk", *SMALL, f"data.path={tmp_path / 'zero.npy'}", "recipe.n_steps=30",
-                          "trainer.devices=2", f"output_dir={tmp_path}")
+    status, out, err = enter(train, "sae=topk", *SMALL, f"data.path={tmp_path / 'zero.npy'}", "recipe.n_steps=30",
+                             "trainer.devices=2", f"output_dir={tmp_path}")
+    printed = out + err
     assert status == 2 and printed.count("error:") == 1 and "Traceback" not in printed
     (run_dir,) = (p for p in tmp_path.glob("runs/*/*") if p.is_dir())
     assert read_record(run_dir)["status"] == "failed" and read_record(run_dir)["error"] in printed
 
 
-def harvest(root, *arguments):
-    status, printed = run(
-        "layers=[1,3]", "sites=[residual]", "data.n_tokens={train: 9000, validation: 1500, test: 2000}",
-        "data.rows_per_shard=2048", "accelerator=cpu", "progress_bar=false", f"output_dir={root}", *arguments,
-        module="sae_zoo.harvest")
-    assert status == 0, printed
-    return {path.relative_to(root): path.read_bytes() for path in sorted(root.glob("cache/*/**/*")) if path.is_file()}
+def test_two_processes_harvest_the_bytes_of_one(enter, tmp_path):
+    def made(n):
+        root = tmp_path / str(n)
+        status, *printed = enter(
+            harvest, "layers=[1,3]", "sites=[residual]", "data.n_tokens={train: 9000, validation: 1500, test: 2000}",
+            "data.rows_per_shard=2048", "accelerator=cpu", "progress_bar=false", f"output_dir={root}", f"devices={n}")
+        assert status == 0, printed
+        return {path.relative_to(root): path.read_bytes() for path in sorted(root.glob("cache/*/**/*")) if path.is_file()}
 
-
-def test_two_processes_harvest_the_bytes_of_one(tmp_path):
-    one, two = (harvest(tmp_path / str(n), f"devices={n}") for n in (1, 2))
+    one, two = made(1), made(2)
     assert len(one) > 10 and one == two
     assert not list((tmp_path / "2" / "cache").glob(".*.partial"))
 
 
-@pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])
-def test_jobs_in_processes_of_their_own(rows, tmp_path, launcher):
-    """Hydra's launchers for SLURM (its local double; each job on two devices) and for many runs on one machine."""
-    status, printed = run("-m", f"hydra/launcher={launcher}", "sae=topk", "seed=0,1", *SMALL, f"data.path={rows}",
-                          "recipe.n_steps=30", "sweep=s", f"output_dir={tmp_path}",
-                          f"trainer.devices={2 if launcher == 'submitit_local' else 1}")
+@pytest.mark.parametrize("launcher, n_devices", [("submitit_local", 2), ("joblib", 1)])
+def test_jobs_in_processes_of_their_own(rows, tmp_path, launcher, n_devices):
+    """Hydra's launchers for SLURM (its local double; the job on two devices) and for many runs on one machine."""
+    seeds = (0,) if n_devices == 2 else (0, 1)
+    status, printed = run("-m", f"hydra/launcher={launcher}", "sae=topk", f"seed={','.join(map(str, seeds))}", *SMALL,
+                          f"data.path={rows}", "recipe.n_steps=30", "sweep=s", f"output_dir={tmp_path}",
+                          f"trainer.devices={n_devices}")
     assert status == 0, printed
-    records = [read_record(next((tmp_path / "runs" / "s").glob(f"topk-l0_4-seed_{seed}*"))) for seed in (0, 1)]
-    assert [record["status"] for record in records] == ["finished"] * 2
-    assert records[0]["fvu"] != records[1]["fvu"]
+    records = [read_record(next((tmp_path / "runs" / "s").glob(f"topk-l0_4-seed_{seed}*"))) for seed in seeds]
+    assert all(record["status"] == "finished" for record in records)
+    assert len({record["fvu"] for record in records}) == len(seeds)
 
 
 def test_what_started_this_process(monkeypatch):

@@ -18,35 +18,36 @@ from contextvars import copy_context
 from typing import Any, TypeVar
 
 from greenlet import greenlet
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from sae_zoo.checkpoints import Interrupts, Stopped
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.loading import ReadAhead
 from sae_zoo.data.module import ActivationData
 from sae_zoo.records import digest
-from sae_zoo.source import Source
+from sae_zoo.running.checkpoints import Interrupts, Stopped
+from sae_zoo.running.checks import Config
+from sae_zoo.running.sources import Source
 
 T = TypeVar("T")
 # Handlers that a training sets and puts back; trainings that take turns do not end in the order in which they began.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def stream_key(cfg: DictConfig) -> str:
+def stream_key(config: Config) -> str:
     """Equal for the jobs of a ``train.yaml`` that train on the same batches in the same order.
 
     Raises:
         ValueError: if the config is that of another entry point.
     """
-    if "recipe" not in cfg or "l0_target" not in cfg:
+    if "recipe" not in config or "l0_target" not in config:
         raise ValueError("hydra/launcher is one_stream, which trains SAEs; it is for sae_zoo.train alone, leave it out")
-    if cfg.trainer.devices != 1:
-        raise ValueError(f"trainer.devices is {cfg.trainer.devices}; hydra/launcher=one_stream trains on one device, leave "
+    trainer, recipe = config["trainer"], config["recipe"]
+    if trainer["devices"] != 1:
+        raise ValueError(f"trainer.devices is {trainer['devices']}; hydra/launcher=one_stream trains on one device, leave "
                          "one of them out")
-    groups = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("data", "lm", "corpus", "hook")}
-    return digest([groups, str(cfg.output_dir), cfg.trainer.accelerator, cfg.recipe.batch_size, cfg.recipe.n_steps,
-                   cfg.seed])
+    groups = {name: config[name] for name in ("data", "lm", "corpus", "hook")}
+    return digest([groups, str(config["output_dir"]), trainer["accelerator"], recipe["batch_size"], recipe["n_steps"],
+                   config["seed"]])
 
 
 class Alone:
@@ -188,7 +189,7 @@ class _Turns:
 
 
 def train_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
-    """Run ``tasks``, whose trainings (:func:`sae_zoo.train.fit`) take turns on one stream.
+    """Run ``tasks``, whose trainings (:func:`sae_zoo.running.fitting.fit`) take turns on one stream.
 
     They are begun one after the other, each when the one before waits for its first batch. A task is to see to its own
     errors; Ctrl-C in one, and whatever else leaves it, asks the others to stop after the step.

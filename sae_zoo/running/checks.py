@@ -1,4 +1,5 @@
-"""Values from a config against the annotations of what they are for, so that a wrong type is said by its name."""
+"""Values of a config: found by name, and held against the annotations of what they are for, so that what is missing or of
+a wrong type is said by the name that it has there."""
 
 from __future__ import annotations
 
@@ -7,6 +8,33 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+Config = Mapping[str, Any]
+
+
+def value_at(config: Config, name: str) -> Any:
+    """The value that has a dotted name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    value: Any = config
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise ValueError(f"{name} is missing; leave it in the config, or give it a value")
+        value = value[part]
+    return value
+
+
+def group_at(config: Config, name: str) -> Config:
+    """The mapping that has a dotted name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    group = value_at(config, name)
+    check_types({name: Mapping}, {name: group})
+    return group
 
 
 def types_of(maker: Callable[..., Any]) -> dict[str, Any]:
@@ -48,6 +76,36 @@ def check_complete(maker: Callable[..., Any], arguments: Mapping[str, Any], *, w
             raise ValueError(f"{where}{name} is missing; leave it in the config, or give it a value")
 
 
+def checked(maker: Any, values: Config, *, where: str, **ours: Any) -> dict[str, Any]:
+    """``values`` with ``ours``, which no config has, if they are arguments with which ``maker`` can be called.
+
+    Args:
+        where: what stands before a name in the config, for the error.
+
+    Raises:
+        ValueError: if a name is unknown or missing, or its value is of another type.
+    """
+    check_types(without(types_of(maker), *ours), values, where=where)
+    check_complete(maker, {**values, **ours}, where=where)
+    return {**values, **ours}
+
+
+def without(values: Config, *names: str) -> dict[str, Any]:
+    """``values`` but for those of ``names``."""
+    return {key: value for key, value in values.items() if key not in names}
+
+
+def check_counts(where: str, **counts: int) -> None:
+    """Look for counts below 1.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{where}{name} is {value}; it must be at least 1")
+
+
 def _fits(value: Any, hint: Any) -> bool:
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
     if kind in (typing.Union, types.UnionType):
@@ -69,5 +127,6 @@ def _spoken(hint: Any) -> str:
         return f"a mapping of names to {_spoken(parts[1])}"
     if kind in (Sequence, list):
         return f"a list of {_spoken(parts[0])}"
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Mapping: "a mapping",
+             type(None): "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
