@@ -1,10 +1,10 @@
-"""``python -m analysis.theory DIR``: the paper's theory in numbers: is the straight-through gradient that of the expected
-loss (claim C3), and what can a JumpReLU do that a ReLU cannot?
+"""``python -m analysis.theory DIR``: the paper's theory in numbers: is the straight-through gradient that of the
+expected loss (claim C3), and what can a JumpReLU do that a ReLU cannot?
 
-The toy is that of Rajamanoharan et al. 2024 (arXiv 2404.16014, appendix F): one latent with pre-activation z = 2 + Z / 2
-where its feature is on, with probability 1/2, and z = Z where it is off, Z ~ N(0, 1); the latent should be z where the
-feature is on, and 0 elsewhere. Everything about it is known in closed form; from an L0 of 0.57 down the JumpReLU's error
-is lower than that of the best ReLU. The command writes ``ste.json``, which ``analysis.claims`` reads.
+The toy is that of Rajamanoharan et al. 2024 (arXiv 2404.16014, appendix F): one latent with pre-activation
+z = 2 + Z / 2 where its feature is on, with probability 1/2, and z = Z where it is off, Z ~ N(0, 1); the latent should
+be z where the feature is on, and 0 elsewhere. Everything about it is known in closed form; from an L0 of 0.57 down the
+JumpReLU's error is lower than that of the best ReLU. The command writes ``ste.json``, which ``analysis.claims`` reads.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def ste_gradient(threshold: float, coefficient: float, *, bandwidth: float, n: i
     return theta.grad.item()
 
 
-def estimate(*, bandwidths: tuple[float, ...] = BANDWIDTHS, n: int = N_SAMPLES, repeats: int = N_REPEATS) -> dict[str, Any]:
+def estimate(*, bandwidths: tuple[float, ...] = BANDWIDTHS, n: int = N_SAMPLES,
+             repeats: int = N_REPEATS) -> dict[str, Any]:
     """``analytic`` gradient, and ``estimates``: [bandwidth, mean of the straight-through gradients, its standard error,
     standard deviation of one of them] for each bandwidth.
     """
@@ -116,8 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     print("squared error of the toy at the same threshold, so at the same L0:")
     for threshold in THRESHOLDS:
         slope, error = best_slope(threshold)
-        print(f"  threshold {threshold:<5g} L0 {l0(threshold):.3f}   best ReLU (slope {slope:.2f}) {error:.4f}   JumpReLU "
-              f"{expected_loss(threshold, 0.0):.4f}")
+        print(f"  threshold {threshold:<5g} L0 {l0(threshold):.3f}   best ReLU (slope {slope:.2f}) {error:.4f}   "
+              f"JumpReLU {expected_loss(threshold, 0.0):.4f}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""``python -m analysis.thresholds RUN``: what the loss would be at other thresholds of single latents of a trained JumpReLU
-SAE, and what the straight-through gradient says of its slope there (figure 4 of arXiv 2407.14435).
+"""``python -m analysis.thresholds RUN``: what the loss would be at other thresholds of single latents of a trained
+JumpReLU SAE, and what the straight-through gradient says of its slope there (figure 4 of arXiv 2407.14435).
 
-Writes ``thresholds.json`` into the run's folder, from which ``analysis.paper`` draws its figure. Everything is in units in
-which E||x||^2 of the training rows is 1, as in training.
+Writes ``thresholds.json`` into the run's folder, from which ``analysis.paper`` draws its figure. Everything is in units
+in which E||x||^2 of the training rows is 1, as in training.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def measure(run: Any, *, progress_bar: bool = False) -> dict[str, Any]:
     expected = {"variant": "jumprelu", "sae.penalty": "l0", "sae.sparsity_loss": "l0"}
     for key, value in expected.items():
         if record.get(key) != value:
-            raise ValueError(f"{record['run_dir']} has {key} {record.get(key)}; the loss by threshold is that of a run with "
-                             f"{value}, give another")
+            raise ValueError(f"{record['run_dir']} has {key} {record.get(key)}; the loss by threshold is that of a run "
+                             f"with {value}, give another")
     frequency = pd.read_csv(Path(record["run_dir"]) / "latents.csv")["frequency"]
     alive = frequency[frequency > 0].sort_values()
     if alive.empty:
@@ -88,7 +88,8 @@ def measure(run: Any, *, progress_bar: bool = False) -> dict[str, Any]:
     rows = HeldOutRows(activations, "test", N_ROWS, device=device, progress_bar=progress_bar)
     found = against_thresholds(
         sae, rows, {latent: GRID * threshold for latent, threshold in trained.items()},
-        coefficient=record["coefficient"] * square, bandwidth=record["sae.bandwidth"] * scale, kernel=record["sae.kernel"])
+        coefficient=record["coefficient"] * square, bandwidth=record["sae.bandwidth"] * scale,
+        kernel=record["sae.kernel"])
     latents = [{"latent": latent, "frequency": float(frequency[latent]), "threshold": threshold / scale,
                 "thresholds": (GRID * threshold / scale).tolist(), "loss": (found[latent][0] / square).tolist(),
                 "gradient": (found[latent][1] / scale).tolist()} for latent, threshold in trained.items()]
@@ -99,14 +100,15 @@ def measure(run: Any, *, progress_bar: bool = False) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake ends in one line on stderr and exit status 2."""
-    parser = OneLineParser(prog="analysis.thresholds", description="The loss by single thresholds of a trained JumpReLU.")
+    parser = OneLineParser(prog="analysis.thresholds",
+                           description="The loss by single thresholds of a trained JumpReLU.")
     parser.add_argument("run", type=Path, metavar="RUN", help="outputs/runs/<sweep>/<job>")
     run_dir = parser.parse_args(arguments).run
     with parser.mistakes():
         found = measure(open_runs([run_dir])[0], progress_bar=sys.stderr.isatty())
         write_json(run_dir / FILE, found)
     for latent in found["latents"]:
-        best = min(zip(latent["loss"], latent["thresholds"]))[1]
+        best = min(zip(latent["loss"], latent["thresholds"], strict=True))[1]
         print(f"latent {latent['latent']}, on {latent['frequency']:.2%} of tokens: trained threshold "
               f"{latent['threshold']:.4f}, that of the least loss {best:.4f}")
     print(run_dir / FILE)

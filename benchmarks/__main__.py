@@ -1,5 +1,5 @@
-"""``python -m benchmarks step | scaling | whole | sound | forecast | reading | one_stream | quality | frontier | kills |
-install``."""
+"""``python -m benchmarks step | scaling | whole | sound | forecast | reading | one_stream | quality | frontier | kills
+| install``."""
 
 from __future__ import annotations
 

@@ -223,7 +223,8 @@ class Bench:
         start = time.perf_counter()
         sae, _ = fit(settings, self._source, scratch)
         seconds = time.perf_counter() - start
-        of_sae = {**settings.config["recipe"], **without(settings.config["sae"], "display"), "d_sae": job.d_sae}  # the recipe's own is a default
+        of_sae = {**settings.config["recipe"], **without(settings.config["sae"], "display"),
+                  "d_sae": job.d_sae}  # the recipe's own is a default
         return sae, {"seconds": seconds, "settings": of_sae, "notes": []}
 
     def _train_peer(self, job: Job, scratch: Path) -> tuple[SAE, dict[str, Any]]:

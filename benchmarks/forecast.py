@@ -1,10 +1,10 @@
 """``python -m benchmarks forecast [OVERRIDE ...]``: what ``sae_zoo.plan`` says of a run, beside what it then takes.
 
 Both are new processes; the run's is told apart by phases: its harvest (where the cache is not there yet), training and
-evaluation, each with its seconds, the peak of resident memory while it lasts, and, of the harvest and the evaluation, the
-FLOPs of torch's matrix products. Training is not counted: a step on the active set computes in kernels that torch does
-not see. Overrides are those of ``sae_zoo.train``. Give an ``output_dir`` without the run; with its cache, the harvest is
-not there to compare.
+evaluation, each with its seconds, the peak of resident memory while it lasts, and, of the harvest and the evaluation,
+the FLOPs of torch's matrix products. Training is not counted: a step on the active set computes in kernels that torch
+does not see. Overrides are those of ``sae_zoo.train``. Give an ``output_dir`` without the run; with its cache, the
+harvest is not there to compare.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def _output(*arguments: str) -> str:
 
 
 class _Flops(TorchDispatchMode):
-    """Counts FLOPs by torch's own formulas. (Its FlopCounterMode follows modules too, which ``autograd.grad`` breaks.)"""
+    """Counts FLOPs by torch's own formulas. (Its FlopCounterMode follows modules too, which ``autograd.grad`` breaks.)
+    """
 
     def __init__(self):
         super().__init__()
@@ -91,7 +92,8 @@ def _measured(function: Callable[..., Any], into: dict[str, Any], *, count: bool
             into["flops"] = flops.total
         else:
             result = function(*args, **kwargs)
-        into.update(seconds=time.perf_counter() - started, host_bytes=_status("VmHWM") if _CLEAR_REFS.exists() else None)
+        into.update(seconds=time.perf_counter() - started,
+                    host_bytes=_status("VmHWM") if _CLEAR_REFS.exists() else None)
         return result
 
     return measured

@@ -130,7 +130,7 @@ def format_table(contestants: dict[str, dict[str, Any]], targets: Sequence[float
             good = result.get("ours_at_least_as_good", {}).get(variant, [None] * len(targets))
             cells += ["-"] * len(targets) if points is None else [
                 f"{p['fvu']:.4f} at {p['l0']:.1f}" + {True: " yes", False: " no", None: ""}[g]
-                for p, g in zip(points, good)]
+                for p, g in zip(points, good, strict=True)]
         ratio = result.get("seconds_over_ours")
         n_points = sum(map(len, result["points"].values()))
         rows.append([name, next(iter(result["versions"].values())), str(n_points), f"{result['seconds']:.0f}",

@@ -1,5 +1,5 @@
-"""``python -m benchmarks kills train | harvest | pretrain``: kill an entry point with SIGKILL at random moments, start it
-again, and compare what it ends with.
+"""``python -m benchmarks kills train | harvest | pretrain``: kill an entry point with SIGKILL at random moments, start
+it again, and compare what it ends with.
 
 The same command is started in the same folder until it ends by itself; then every file of the result is compared with
 that of a run that was never killed, and the next round begins in a new folder, until as many processes as asked for
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-_WORDS = "def class return import self value index for while with lambda yield raise except finally assert".split()
+_WORDS = ["def", "class", "return", "import", "self", "value", "index", "for", "while", "with", "lambda", "yield",
+          "raise", "except", "finally", "assert"]
 _SMALL_LM = ("+architecture={model_type: gpt2, n_embd: 32, n_inner: 48, n_layer: 2, n_head: 2, resid_pdrop: 0.1, "
              "embd_pdrop: 0.1, attn_pdrop: 0.1}")  # with dropout: the random state has to survive as well
 _TOKENS = "data.n_tokens={train: 6000, validation: 2000, test: 2000}"
@@ -95,8 +96,9 @@ def _in_child(kind: str) -> None:
 
 def _run_from_nothing(kind: str, folder: Path, kill_after: float) -> int:
     with open(folder / "output.txt", "a") as output:
-        process = subprocess.Popen([sys.executable, "-m", f"sae_zoo.{kind}", *COMMANDS[kind]], stdout=output, stderr=output,
-                                   cwd=folder, start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        process = subprocess.Popen([sys.executable, "-m", f"sae_zoo.{kind}", *COMMANDS[kind]], stdout=output,
+                                   stderr=output, cwd=folder, start_new_session=True,
+                                   env={**os.environ, "PYTHONPATH": str(ROOT)})
     return _wait(process.pid, kill_after)
 
 
@@ -183,8 +185,8 @@ def stress(kind: str, kills: int, root: Path, seed: int = 0, from_nothing: float
     Args:
         from_nothing: share of the processes that are started by a command line of their own.
     """
-    import sae_zoo.harvest  # noqa: F401  what is forked has them
-    import sae_zoo.pretrain  # noqa: F401
+    import sae_zoo.harvest  # what is forked has them
+    import sae_zoo.pretrain
     import sae_zoo.train  # noqa: F401
 
     draw, outcome = random.Random(seed), Outcome()

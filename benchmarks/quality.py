@@ -110,8 +110,8 @@ def next_control(points: Sequence[tuple[float, float]], wanted: float, *, rising
 
 
 def at_l0(records: Sequence[Record], l0_key: str, key: str, at: float) -> float | None:
-    """``key`` of a curve of runs at L0 ``at``, log-log between them; None outside them, where the two next to it are too
-    far apart, or where a value cannot be.
+    """``key`` of a curve of runs at L0 ``at``, log-log between them; None outside them, where the two next to it are
+    too far apart, or where a value cannot be.
     """
     points = {run[l0_key]: run[key] for run in records
               if run[key] is not None and run[key] > 0 and run[l0_key] is not None and run[l0_key] > 0}
@@ -127,8 +127,8 @@ def bracket(train: Train, wanted: Sequence[float], within: tuple[float, float], 
 
     Args:
         train: a run at a control.
-        wanted: L0s to have a run near each of, by rising L0; the first and the last are aimed at again until they are far
-            enough.
+        wanted: L0s to have a run near each of, by rising L0; the first and the last are aimed at again until they are
+            far enough.
         controls: those already chosen for this curve; those of new runs are appended.
         known: (control, L0) of other runs that tell roughly where to begin, at least one unless ``controls`` are given.
 
@@ -139,7 +139,7 @@ def bracket(train: Train, wanted: Sequence[float], within: tuple[float, float], 
     runs = [train(control) for control in controls]
 
     def own() -> list[tuple[float, float]]:
-        return [(control, run["l0_validation"]) for control, run in zip(controls, runs)]
+        return [(control, run["l0_validation"]) for control, run in zip(controls, runs, strict=True)]
 
     def aim(l0: float) -> None:
         controls.append(next_control(own() if len(runs) > 1 else [*own(), *known], l0, rising=rising))
@@ -147,7 +147,8 @@ def bracket(train: Train, wanted: Sequence[float], within: tuple[float, float], 
 
     def stuck() -> bool:
         *before, (control, l0) = own()
-        return any(abs(math.log(control / c)) >= math.log(2) and abs(l0 - l) <= 0.01 * l for c, l in before)
+        return any(abs(math.log(control / c)) >= math.log(2) and abs(l0 - other) <= 0.01 * other
+                   for c, other in before)
 
     for l0 in wanted:
         for _ in range(_MOST_AIMS):
@@ -209,7 +210,7 @@ class Trial:
         if found is None:
             return math.inf
         if not self.rising:  # coefficients at one rate tell where to look at the next; a target is its own best guess
-            self._known = [(control, run["l0_validation"]) for control, run in zip(controls, runs)]
+            self._known = [(control, run["l0_validation"]) for control, run in zip(controls, runs, strict=True)]
         return found
 
     def choose_lr(self, lrs: Sequence[float], seed: int) -> dict[float, float]:
@@ -337,8 +338,9 @@ def _cell(mean: float | None, spread: float | None = None, form: str = ".4f") ->
 
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as columns, the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]),
+                                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
                      for row in rows)
 
 

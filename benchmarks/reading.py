@@ -136,8 +136,8 @@ class _Buffer:
 
 
 class _Stream:
-    """Pass after pass of a stream. Each finds its first shard read ahead, and ends when that of the next has been read, so
-    that it reads as many as it gives.
+    """Pass after pass of a stream. Each finds its first shard read ahead, and ends when that of the next has been read,
+    so that it reads as many as it gives.
     """
 
     def __init__(self, cache: Cache, batch: int):
@@ -195,7 +195,7 @@ def _measure(cache: Cache, batch: int, rounds: int) -> dict[str, Any]:
         "rows": cache.n_rows("train"), "in_memory_when_cold": statistics.mean(left),
         "peak_mb": _peak_of_a_pass(cache, batch), "shuffle": shuffle_quality(cache, batch)}
     for state in ("cold", "warm"):
-        raw = {name: [raw / ours for raw, ours in zip(seconds[state, name], seconds[state, "batches"])]
+        raw = {name: [raw / ours for raw, ours in zip(seconds[state, name], seconds[state, "batches"], strict=True)]
                for name in ("dd", "buffer")}
         result[state] = {
             **{f"{name}_gb_per_s": n_bytes / 1e9 / medians[state, name] for name in readers},

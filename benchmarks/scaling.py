@@ -1,7 +1,7 @@
 """``python -m benchmarks scaling``: how the cost of a training step grows with d_sae and with L0.
 
-For each variant a power law, ms = c * d_sae^a * L0^b, is fitted to the medians by least squares on log axes. The encoder
-GEMM alone has a = 1 and b = 0.
+For each variant a power law, ms = c * d_sae^a * L0^b, is fitted to the medians by least squares on log axes. The
+encoder GEMM alone has a = 1 and b = 0.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fit, *_ = np.linalg.lstsq(design, np.log([row["ms"] for row in own]), rcond=None)
         exponents[variant] = {"d_sae": float(fit[1]), "l0": float(fit[2])}
     print(align([["variant", "d_sae", "L0", "step ms", "/ GEMM"], *(
-        [row["variant"], str(row["d_sae"]), str(row["l0"]), f"{row['ms']:.1f}", f"{row['ratio']:.2f}"] for row in rows)]))
+        [row["variant"], str(row["d_sae"]), str(row["l0"]), f"{row['ms']:.1f}", f"{row['ratio']:.2f}"]
+        for row in rows)]))
     for variant, exponent in exponents.items():
         print(f"{variant}: ms ~ d_sae^{exponent['d_sae']:.2f} * L0^{exponent['l0']:.2f}")
     return {"d_in": args.d_in, "batch": args.batch, "threads": torch.get_num_threads(), "rows": rows,

@@ -1,9 +1,9 @@
 """``python -m benchmarks sound CACHE... | synthetic:KIND...``: does every arm train soundly wherever one looks?
 
-On every place, every arm is trained to every L0 by the recipe as it stands, and scored on held-out rows. A run is sound if
-its L0 is within 3 % of the target or within two of its standard errors, at most 5 % of its latents are dead, it did not
-collapse, and its FVU is not above that of the same arm at a lower L0. What overrides are worth is seen by giving them:
-``recipe.error_bound=null``, say.
+On every place, every arm is trained to every L0 by the recipe as it stands, and scored on held-out rows. A run is sound
+if its L0 is within 3 % of the target or within two of its standard errors, at most 5 % of its latents are dead, it did
+not collapse, and its FVU is not above that of the same arm at a lower L0. What overrides are worth is seen by giving
+them: ``recipe.error_bound=null``, say.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ L0_WITHIN, MOST_DEAD = 0.03, 0.05
 _MONOTONE_WITHIN = 0.005
 _N_ROWS = 60_000
 _FEATURES_OF_DIMENSION, _ACTIVE = 4, 10
-# Of synthetic data: distance of the mean from 0, in root mean squares of ||x - mean||; sigma of a lognormal factor a row.
+# Of synthetic data: distance of the mean from 0, in root mean squares of ||x - mean||; sigma of a lognormal factor a
+# row.
 SYNTHETIC = {"plain": (0.0, 0.0), "mean": (5.0, 0.0), "heavy": (1.0, 0.5), "outliers": (0.0, 0.0)}
 _OUTLIER_EVERY, _OUTLIER_FACTOR = 1000, 100.0
 
@@ -46,7 +47,8 @@ def synthetic(kind: str, d_in: int, seed: int = 0) -> np.ndarray:
 
     Args:
         kind: ``plain``; ``mean``: about a mean five times as long as the rest; ``heavy``: each row times a lognormal
-            factor of sigma 0.5; ``outliers``: one row of a thousand, in the training part alone, a hundred times as long.
+            factor of sigma 0.5; ``outliers``: one row of a thousand, in the training part alone, a hundred times as
+            long.
     """
     mean, sigma = SYNTHETIC[kind]
     rng = np.random.default_rng(seed)
@@ -74,16 +76,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
 
-    parser.add_argument("places", nargs="+", metavar="PLACE", help="folders of finished caches, or synthetic:KIND:D_IN with "
-                        f"a kind of {', '.join(SYNTHETIC)}")
+    parser.add_argument("places", nargs="+", metavar="PLACE", help="folders of finished caches, or synthetic:KIND:D_IN "
+                        f"with a kind of {', '.join(SYNTHETIC)}")
     parser.add_argument("--arms", default="jumprelu,topk,gated,gated_ri_l1,relu", metavar="NAME,NAME,...")
     parser.add_argument("--targets", type=numbers, default=[20, 80], metavar="L0,L0,...",
-                        help="those above half of the dimensions of a place are left out there; 0 stands for half of them")
+                        help="those above half of the dimensions of a place are left out there; 0 stands for half of "
+                             "them")
     parser.add_argument("--d-sae", type=numbers, default=[1024], metavar="N,N,...")
     parser.add_argument("--steps", type=numbers, default=[500], metavar="N,N,...")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", choices=("validation", "test"), default="test", help="tune on validation, report test")
+    parser.add_argument("--split", choices=("validation", "test"), default="test",
+                        help="tune on validation, report test")
     parser.add_argument("--rows", type=int, default=20_000, help="rows of it that are scored, at most")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides of sae_zoo.train")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmark/sound.jsonl"), metavar="FILE",
@@ -142,8 +146,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _train(source: Source, key: dict[str, Any], n_rows: int, folder: Path) -> dict[str, Any]:
     settings = TrainSettings.of(compose_config("train", [
         f"sae={key['arm']}", f"d_sae={key['d_sae']}", f"l0_target={key['target']}", f"recipe.n_steps={key['steps']}",
-        f"recipe.batch_size={key['batch']}", f"seed={key['seed']}", "trainer.progress_bar=false", "data=file", "data.path=x",
-        *key["set"]]))
+        f"recipe.batch_size={key['batch']}", f"seed={key['seed']}", "trainer.progress_bar=false", "data=file",
+        "data.path=x", *key["set"]]))
     source.activations.leave_out(settings.source.max_norm)
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
         start = time.perf_counter()
@@ -153,7 +157,8 @@ def _train(source: Source, key: dict[str, Any], n_rows: int, folder: Path) -> di
     source.activations.leave_out(compose_config("train", [])["data"]["max_norm"])
     rows = HeldOutRows(source.activations, key["split"], n_rows, device=torch.device("cpu"), progress_bar=False)
     scores, _ = score_sae(sae, rows)
-    row = {name: scores[name] for name in ("l0", "l0_standard_error", "fvu", "dead_fraction", "relative_reconstruction_bias")}
+    row = {name: scores[name]
+           for name in ("l0", "l0_standard_error", "fvu", "dead_fraction", "relative_reconstruction_bias")}
     row |= {**rows.left_out(), "notes": "; ".join(sae.notes) or None, "seconds": round(seconds, 1),
             "coefficient": sae.coefficient if sae.has_coefficient else None, "shifted": float(sae.shifted),
             "calibration_shift": None if calibration is None else calibration.shift,
@@ -190,9 +195,10 @@ def format_table(rows: Sequence[dict[str, Any]]) -> str:
     table = [["place", "arm", "d_sae", "steps", "target", "L0", "FVU", "/ TopK", "dead", "calibration", "wrong"]]
     for row in rows:
         shift = row["calibration_shift"]
-        table.append([row["place"], row["arm"], str(row["d_sae"]), str(row["steps"]), str(row["target"]), f"{row['l0']:.2f}",
-                      f"{row['fvu']:.4f}", "-" if row["over_topk"] is None else f"{row['over_topk']:.3f}",
-                      f"{row['dead_fraction']:.1%}", "-" if shift is None else f"{shift:+.1%}", ", ".join(row["wrong"])])
+        table.append([row["place"], row["arm"], str(row["d_sae"]), str(row["steps"]), str(row["target"]),
+                      f"{row['l0']:.2f}", f"{row['fvu']:.4f}",
+                      "-" if row["over_topk"] is None else f"{row['over_topk']:.3f}", f"{row['dead_fraction']:.1%}",
+                      "-" if shift is None else f"{shift:+.1%}", ", ".join(row["wrong"])])
     arms = sorted({row["arm"] for row in rows})
     sound = {arm: [not row["wrong"] for row in rows if row["arm"] == arm] for arm in arms}
     return "\n".join([align(table), *(f"{arm}: {sum(own)} of {len(own)} sound" for arm, own in sound.items())])

@@ -48,7 +48,8 @@ def shape_argument(parser: argparse.ArgumentParser) -> None:
 
 def variants_argument(parser: argparse.ArgumentParser) -> None:
     """``--variants``, for every benchmark of ours."""
-    parser.add_argument("--variants", type=_variants, default=variants(), metavar="NAME,NAME,...", help="all, if left out")
+    parser.add_argument("--variants", type=_variants, default=variants(), metavar="NAME,NAME,...",
+                        help="all, if left out")
 
 
 def _variants(text: str) -> list[str]:
@@ -84,9 +85,9 @@ class Trainee:
 
     def __init__(self, variant: str, d_sae: int, l0: int, x: Tensor, *, beta1: float):
         settings = TrainSettings.of(compose_config("train", [
-            f"sae={variant}", f"d_sae={d_sae}", f"l0_target={l0}", f"recipe.beta1={beta1}", "recipe.threshold_start=quantile",
-            "recipe.lr=1e-9", "recipe.decoder_lr=1e-9", "recipe.free_decoder_lr=1e-9", "recipe.threshold_lr=1e-9",
-            "recipe.bias_lr=1e-9"]))
+            f"sae={variant}", f"d_sae={d_sae}", f"l0_target={l0}", f"recipe.beta1={beta1}",
+            "recipe.threshold_start=quantile", "recipe.lr=1e-9", "recipe.decoder_lr=1e-9",
+            "recipe.free_decoder_lr=1e-9", "recipe.threshold_lr=1e-9", "recipe.bias_lr=1e-9"]))
         self.x, self.sae = x, settings.sae(d_in=x.shape[1], input_scale=float(x.square().sum(1).mean().sqrt()))
         self.sae.to(x.device)
         self.sae.initialise(x)
@@ -200,7 +201,7 @@ def _peer_timers(shape: tuple[int, int, int, int], args: argparse.Namespace, row
 
     A worker holds one trainer at a time, so it is set up anew for each of its variants, by the first call of a timer.
     """
-    d_in, d_sae, batch, l0 = shape
+    _, d_sae, batch, l0 = shape
     timers, absent, workers = {}, {}, []
     for name in PEERS:
         try:
@@ -228,7 +229,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     gemm = gemm_timer(x, d_sae)
     gemms, results = [], {}
     trainees = {name: Trainee(name, d_sae, l0, x, beta1=args.beta1) for name in args.variants}
-    times = {name: {"step": [], "dense": [], "encode": [], "phases": [], "ratio": [], "dense_ratio": []} for name in trainees}
+    times = {name: {"step": [], "dense": [], "encode": [], "phases": [], "ratio": [], "dense_ratio": []}
+             for name in trainees}
     measured_l0 = {name: trainee.step() for name, trainee in trainees.items()}
     for _ in range(args.rounds):
         for name, trainee in trainees.items():
@@ -239,7 +241,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             t["encode"].append(milliseconds(trainee.encode, device))
             t["phases"].append(_phase_milliseconds(trainee))
             if len(t["dense"]) < max(1, args.rounds // 3):  # it is slow
-                t["dense"].append(milliseconds(lambda: trainee.step(sparse=False), device))
+                t["dense"].append(milliseconds(lambda trainee=trainee: trainee.step(sparse=False), device))
                 t["dense_ratio"].append(t["dense"][-1] / base)
     median = statistics.median
     for name, t in times.items():
@@ -292,8 +294,9 @@ def _peers(args: argparse.Namespace, gemm: Callable[[], float]) -> dict[str, Any
 
 def _table(result: dict[str, Any]) -> str:
     d_in, d_sae, batch, l0 = result["shape"]
-    lines = [f"d_in {d_in}, d_sae {d_sae}, batch {batch}, L0 {l0}; {result['threads']} threads on {result['device']}, torch "
-             f"{result['torch']}, beta1 {result['beta1']:g}; encoder GEMM alone {result['encoder_gemm_ms']:.1f} ms", "",
+    lines = [f"d_in {d_in}, d_sae {d_sae}, batch {batch}, L0 {l0}; {result['threads']} threads on {result['device']}, "
+             f"torch {result['torch']}, beta1 {result['beta1']:g}; encoder GEMM alone "
+             f"{result['encoder_gemm_ms']:.1f} ms", "",
              f"{'variant':10}{'step ms':>9}{'/ GEMM':>8}{'L0':>7}{'encode':>11}{'forward':>9}{'backward':>10}"
              f"{'optimiser':>11}{'dense / GEMM':>14}{'peak MB':>9}{'/ least':>9}"]
     for name, r in result["variants"].items():

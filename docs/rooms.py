@@ -10,7 +10,8 @@ PACKAGE = ROOT / "sae_zoo"
 
 
 def rooms() -> dict[str, set[str]]:
-    """Folder of sae_zoo, or ``entry points`` for the modules that stand directly in it -> the folders that it imports."""
+    """Folder of sae_zoo, or ``entry points`` for the modules that stand directly in it -> the folders that it imports.
+    """
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     found: dict[str, set[str]] = {name: set() for name in (*sorted(folders), "entry points")}
     for path in PACKAGE.rglob("*.py"):
@@ -37,7 +38,8 @@ def levels(imports: dict[str, set[str]]) -> dict[str, int]:
 
 
 def draw(path: Path) -> None:
-    """Every room a box, rooms that import nothing at the bottom, an arrow for each import that no longer way implies."""
+    """Every room a box, rooms that import nothing at the bottom, an arrow for each import that no longer way implies.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
@@ -61,7 +63,8 @@ def draw(path: Path) -> None:
         for other in others:
             if not any(reaches(between, other) for between in others - {other}):
                 axes.annotate("", place[other], place[room], arrowprops={
-                    "arrowstyle": "->", "color": "#888888", "shrinkA": 14, "shrinkB": 14, "connectionstyle": "arc3,rad=0.06"})
+                    "arrowstyle": "->", "color": "#888888", "shrinkA": 14, "shrinkB": 14,
+                    "connectionstyle": "arc3,rad=0.06"})
     for room, (x, y) in place.items():
         axes.add_patch(FancyBboxPatch((x - 0.36, y - 0.17), 0.72, 0.34, boxstyle="round,pad=0.02", facecolor="white",
                                       edgecolor="#333333", linewidth=1, mutation_aspect=2))

@@ -1,4 +1,6 @@
-"""The frame that every entry point runs in under Hydra: the config as plain values, names of folders, mistakes in one line."""
+"""The frame that every entry point runs in under Hydra: the config as plain values, names of folders, mistakes in one
+line.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def compose_config(entry_point: str, overrides: Sequence[str]) -> dict[str, Any]
 
 
 def run_entry_point(task: Callable[[dict[str, Any]], object], config_name: str) -> None:
-    """Run ``task`` on the config, as plain values, under Hydra; a user's mistake ends in one line on stderr and exit status 2, Ctrl-C in one and 130.
+    """Run ``task`` on the config, as plain values, under Hydra; a user's mistake ends in one line on stderr and exit
+    status 2, Ctrl-C in one and 130.
 
     With HYDRA_FULL_ERROR=1 in the environment the whole traceback is shown instead.
     """
@@ -86,7 +89,7 @@ def _what_it_makes(config: Any) -> Iterator[str]:
     """Of a YAML file: names of what is to be made, and of folders with more configs."""
     if isinstance(config, Mapping):
         for key, value in config.items():
-            if key == "_target_" and not str(value).startswith(_HYDRAS_OWN) or key == "searchpath" and value:
+            if (key == "_target_" and not str(value).startswith(_HYDRAS_OWN)) or (key == "searchpath" and value):
                 yield f"{key}: {value}"
             yield from _what_it_makes(value)
     elif isinstance(config, list):
@@ -106,8 +109,8 @@ def _check_command_line(arguments: Sequence[str]) -> None:
         raise ValueError("hydra.searchpath is refused; give one folder with --config-dir")
     given = get_args_parser().parse_known_args(arguments)[0]
     if given.experimental_rerun is not None:
-        raise ValueError(f"--experimental-rerun {given.experimental_rerun} is refused: a pickle can run anything when it is "
-                         "read; give the run's command again")
+        raise ValueError(f"--experimental-rerun {given.experimental_rerun} is refused: a pickle can run anything when "
+                         "it is read; give the run's command again")
     for folder in filter(None, (given.config_dir, given.config_path)):
         for file in sorted(file for place in {Path(folder), PACKAGE / folder} for file in place.rglob("*.yaml")):
             try:

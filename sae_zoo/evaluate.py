@@ -50,7 +50,8 @@ def evaluate(config: Config) -> pd.DataFrame:
         if source.lm is not None:
             in_lm = score_in_lm(within(reconstruct, activations.norm_bound), source.lm, source.hook,
                                 activations.tokens(split), activations.manifest["special_ids"],
-                                n_tokens=config["n_lm_tokens"], batch_size=settings.data.lm.batch_size, progress_bar=show)
+                                n_tokens=config["n_lm_tokens"], batch_size=settings.data.lm.batch_size,
+                                progress_bar=show)
             row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}
         table[name] = row
     frame = pd.DataFrame.from_dict(table, orient="index")

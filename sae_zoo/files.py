@@ -1,4 +1,6 @@
-"""Files that are either the old one or the whole new one, whatever happens meanwhile, and locks that die with their holder."""
+"""Files that are either the old one or the whole new one, whatever happens meanwhile, and locks that die with their
+holder.
+"""
 
 from __future__ import annotations
 

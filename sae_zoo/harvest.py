@@ -1,4 +1,6 @@
-"""``python -m sae_zoo.harvest layers=[1,3,5] sites=[residual,mlp,attention]``: make activation caches ahead of training."""
+"""``python -m sae_zoo.harvest layers=[1,3,5] sites=[residual,mlp,attention]``: make activation caches ahead of
+training.
+"""
 
 from __future__ import annotations
 

@@ -164,8 +164,8 @@ class _Planner:
                      lm_flop=of_lm, **self.disk)
 
     def copy_bytes(self, settings: TrainSettings, harvest: Harvest) -> tuple[int, int] | None:
-        """Of the copies of a cache that lies elsewhere, if ``settings`` name one: what all of it is, as they describe it,
-        and how much more than now their folder may hold."""
+        """Of the copies of a cache that lies elsewhere, if ``settings`` name one: what all of it is, as they describe
+        it, and how much more than now their folder may hold."""
         remote = settings.source.data.remote
         if not isinstance(remote, RemoteFolder):
             return None
@@ -175,8 +175,8 @@ class _Planner:
         return one.bytes_on_disk(at_peak=False), max(0, copies.max_bytes - now)
 
     def found(self, settings: TrainSettings) -> list[str] | None:
-        """Of the caches of ``settings``, if all are on the disk, as their manifests say, what there is to say of their long
-        rows, a line each; weights have no fingerprint here.
+        """Of the caches of ``settings``, if all are on the disk, as their manifests say, what there is to say of their
+        long rows, a line each; weights have no fingerprint here.
         """
         data = settings.source.data
         if data.remote is not None:
@@ -259,15 +259,17 @@ class _Command:
         if n_tokens:
             return f"data.n_tokens.train={_rounded_down(n_tokens)} would fit, or choose another output_dir"
         for_copies = plan.machine.free_disk_bytes - (plan.disk_bytes - plan.copy_bytes)
-        shard = max((self.planned[self.harvest_of.index(key)].job.harvest.shard_bytes for key in self.copies), default=0)
+        shard = max((self.planned[self.harvest_of.index(key)].job.harvest.shard_bytes for key in self.copies),
+                    default=0)
         if 0 < shard < for_copies:
-            return f"data.remote.copy_gb={_rounded_down(for_copies // 10**6) / 1000:g} would fit, or choose another output_dir"
+            return (f"data.remote.copy_gb={_rounded_down(for_copies // 10**6) / 1000:g} would fit, or choose another "
+                    "output_dir")
         return "free some, or choose another output_dir"
 
     def _smaller(self, plan: Plan, phase: str) -> str:
-        """What lets the phase fit, of the first job whose does not: fewer jobs together; or overrides, one alone, or all
-        by as little as fits."""
-        settings, short = next((settings, planned) for settings, planned in zip(self.settings, plan.jobs)
+        """What lets the phase fit, of the first job whose does not: fewer jobs together; or overrides, one alone, or
+        all by as little as fits."""
+        settings, short = next((settings, planned) for settings, planned in zip(self.settings, plan.jobs, strict=True)
                                if planned.needs_more(plan.machine, phase))
         if not replace(short, beside=0).needs_more(plan.machine, phase):
             return "fewer jobs at once, or leave hydra/launcher=one_stream out"

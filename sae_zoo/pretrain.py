@@ -53,8 +53,8 @@ def _pretrain(config: Config, lm_dir: Path) -> dict:
     config_file, tokenizer_dir, checkpoint_dir = work / "config.yaml", work / "tokenizer", work / "checkpoints"
     hash_ = _hash(config)
     if config_file.exists() and (found := _hash(yaml.safe_load(config_file.read_text()))) != hash_:
-        raise ValueError(f"{lm_dir} holds a language model of another config (hash {found}, this one has {hash_}); choose "
-                         "another name=..., or delete that folder")
+        raise ValueError(f"{lm_dir} holds a language model of another config (hash {found}, this one has {hash_}); "
+                         "choose another name=..., or delete that folder")
     if report_file.exists():
         log.info("%s is finished; skipped", lm_dir)
         shutil.rmtree(checkpoint_dir, ignore_errors=True)  # left by a process that died just after its report
@@ -80,16 +80,16 @@ def _pretrain(config: Config, lm_dir: Path) -> dict:
     n_parameters = sum(p.numel() for p in model.parameters())
     log.info("%s, %.2f million parameters", type(model).__name__, n_parameters / 1e6)
     module = LanguageModelPretraining(
-        model, n_steps=config["n_steps"], matrix_lr=config["matrix_lr"], other_lr=config["other_lr"], weight_decay=config["weight_decay"],
-        warmup_steps=config["warmup_steps"], ignore_ids=(tokenizer.pad_token_id,),
+        model, n_steps=config["n_steps"], matrix_lr=config["matrix_lr"], other_lr=config["other_lr"],
+        weight_decay=config["weight_decay"], warmup_steps=config["warmup_steps"], ignore_ids=(tokenizer.pad_token_id,),
     )
     curves = Curves(work / "metrics.csv")
     checkpoints = Checkpoints(checkpoint_dir, every=config["checkpoint_every"], curves=curves)
     trainer = pl.Trainer(
         max_steps=config["n_steps"], accelerator=config["accelerator"], devices=1, precision=config["precision"],
         default_root_dir=work, logger=curves, log_every_n_steps=20, enable_progress_bar=config["progress_bar"],
-        enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=min(config["checkpoint_every"], config["n_steps"]),
-        plugins=[CheckpointFiles()],
+        enable_model_summary=False, num_sanity_val_steps=0,
+        val_check_interval=min(config["checkpoint_every"], config["n_steps"]), plugins=[CheckpointFiles()],
         callbacks=[checkpoints, *([TQDMProgressBar(refresh_rate=10)] if config["progress_bar"] else [])],
     )
     data = StepDataModule(
@@ -99,11 +99,13 @@ def _pretrain(config: Config, lm_dir: Path) -> dict:
     checkpoints.fit(trainer, module, data, newest_checkpoint(checkpoint_dir))
 
     device = device_of(config["accelerator"])
-    module.to(device=device, dtype=torch.bfloat16).float()  # evaluated as it is shipped, and loaded: rounded, then widened
+    # Evaluated as it is shipped, and loaded: rounded, then widened.
+    module.to(device=device, dtype=torch.bfloat16).float()
     report = {
         "architecture": type(model).__name__, "n_parameters": n_parameters, "n_steps": config["n_steps"],
-        "tokens_seen": config["n_steps"] * config["batch_size"] * config["context_size"], "context_size": config["context_size"],
-        "vocab_size": len(tokenizer), "corpus_fingerprint": corpus.fingerprint(), "versions": versions(), "held_out": {},
+        "tokens_seen": config["n_steps"] * config["batch_size"] * config["context_size"],
+        "context_size": config["context_size"], "vocab_size": len(tokenizer),
+        "corpus_fingerprint": corpus.fingerprint(), "versions": versions(), "held_out": {},
     }
     for split in HELD_OUT:
         text = "".join(document.text for document in corpus.documents(split)).encode()
@@ -148,18 +150,21 @@ def model_card(config: Config, report: dict) -> str:
         f"| {split} | {m['documents']} | {m['bytes']:,} | {m['bits_per_byte']:.3f} | {m['bits_per_byte_of_xz_9']:.3f} |"
         for split, m in report["held_out"].items())
     architecture = ", ".join(f"{key} {value}" for key, value in config['architecture'].items())
+    model = f"{report['architecture']}, {report['n_parameters'] / 1e6:.2f} million parameters, bfloat16"
+    corpus, seen, muon, adamw = (config["corpus"]["name"], report["tokens_seen"] / 1e6, config["matrix_lr"],
+                                 config["other_lr"])
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # {config['name']}
 
-A small causal language model ({report["architecture"]}, {report["n_parameters"] / 1e6:.2f} million parameters, bfloat16) to
-train sparse autoencoders on where no other can be had. It knows its corpus (`{config['corpus']['name']}`) and nothing else.
+A small causal language model ({model}) to
+train sparse autoencoders on where no other can be had. It knows its corpus (`{corpus}`) and nothing else.
 
 * Architecture: {architecture}; context {report["context_size"]}, byte-level BPE of {report["vocab_size"]:,} tokens.
-* Training: {report["n_steps"]:,} steps of {config['batch_size']} x {config['context_size']} tokens ({report["tokens_seen"] / 1e6:.1f}
-  million in all), Muon {config['matrix_lr']} on matrices and AdamW {config['other_lr']} on the rest, {config['precision']}, seed {config['seed']}.
+* Training: {report["n_steps"]:,} steps of {config['batch_size']} x {config['context_size']} tokens ({seen:.1f}
+  million in all), Muon {muon} on matrices and AdamW {adamw} on the rest, {config['precision']}, seed {config['seed']}.
 * Documents are split by a hash of their name; held-out ones were not trained on. Corpus fingerprint
   `{report["corpus_fingerprint"][:16]}`, Python {report["versions"]["python"]}, torch {report["versions"]["torch"]}.
 

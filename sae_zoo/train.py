@@ -1,7 +1,7 @@
 """``python -m sae_zoo.train``: train and evaluate one SAE; with ``-m`` a sweep, which ends with its frontier.
 
-A job has a folder of its own, ``outputs/runs/<sweep>/<job>/``, that depends on its config alone. Giving the same command
-again skips what is finished, and goes on with what is not from its last checkpoint.
+A job has a folder of its own, ``outputs/runs/<sweep>/<job>/``, that depends on its config alone. Giving the same
+command again skips what is finished, and goes on with what is not from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def _report(record: dict[str, Any], run_dir: Path) -> None:
 
 
 def _report_sweep() -> bool:
-    """Table and plot of every run in each of the folders that this sweep wrote to (one for each hook point, say); whether
-    all of them came out.
+    """Table and plot of every run in each of the folders that this sweep wrote to (one for each hook point, say);
+    whether all of them came out.
     """
     from sae_zoo.frontier.plot import draw_frontier  # matplotlib and pandas, needed only here
 

@@ -83,7 +83,7 @@ def _levels(evidence: Evidence, arms: Mapping[float, Arm]) -> tuple[Units, dict[
         except ValueError as error:
             units.left_out.append(f"{evidence.where(pair)}: bandwidths: {error}")
         else:
-            levels[pair] = dict(zip(values, logs.mean(1).tolist()))
+            levels[pair] = dict(zip(values, logs.mean(1).tolist(), strict=True))
             units.add(pair, logs.mean(), curves, grid)
     return units, levels
 
@@ -97,7 +97,7 @@ def kernel_shape(evidence: Evidence) -> Finding:
     arms: dict[str, Arm] = {}
     for width in sorted({_window_std(run) for run in evidence.runs} - {None}):
         near = evidence.ablation(
-            lambda run: run["sae.kernel"] if width <= (_window_std(run) or 0) <= 1.01 * width else None,
+            lambda run, width=width: run["sae.kernel"] if width <= (_window_std(run) or 0) <= 1.01 * width else None,
             ("sae.kernel", "sae.bandwidth"))
         if "rectangle" in near and _size(near) > _size(arms):
             arms = near

@@ -88,8 +88,10 @@ def _at_shared_places(points: list[tuple[list[float], list[float]]]) -> list[tup
     """Of several curves the points near which all have one; all points, if that leaves a curve fewer than two."""
     shared = []
     for l0s, values in points:
-        near = [all(any(abs(math.log(other / l0)) < SAME_PLACE for other in others) for others, _ in points) for l0 in l0s]
-        shared.append(tuple([value for value, is_near in zip(column, near) if is_near] for column in (l0s, values)))
+        near = [all(any(abs(math.log(other / l0)) < SAME_PLACE for other in others) for others, _ in points)
+                for l0 in l0s]
+        shared.append(tuple([value for value, is_near in zip(column, near, strict=True) if is_near]
+                            for column in (l0s, values)))
     return shared if min(len(l0s) for l0s, _ in shared) > 1 else points
 
 

@@ -213,9 +213,9 @@ class Evidence:
 
 
 def _agree(runs: Sequence[Record]) -> bool:
-    """Whether runs of one configuration, seed and target are one training that was done more than once, as two sweeps do
-    that share an arm: to the same numbers, or on another machine to numbers that rounding explains. It counts once, by
-    the one that was scored on most tokens.
+    """Whether runs of one configuration, seed and target are one training that was done more than once, as two sweeps
+    do that share an arm: to the same numbers, or on another machine to numbers that rounding explains. It counts once,
+    by the one that was scored on most tokens.
     """
     for key in ("l0", "fvu"):
         values = [run.get(key) for run in runs]
@@ -252,13 +252,14 @@ def _why_not(record: Record) -> str | None:
 
 def _group_names(groups: Iterable[Group]) -> dict[Group, str]:
     """The hook of each group, and whatever else differs between groups."""
-    groups = [dict(zip(COMPARABLE, group)) for group in groups]
+    groups = [dict(zip(COMPARABLE, group, strict=True)) for group in groups]
     differ = {key for key in COMPARABLE if len({group[key] for group in groups}) > 1}
     shown = sorted(differ - {"hook", "data_id"})
     names = {tuple(group.values()): ", ".join([str(group["hook"] or group["data_id"]),
                                                *(f"{key} {group[key]}" for key in shown)]) for group in groups}
     counts = Counter(names.values())
-    return {group: name if counts[name] == 1 else f"{name}, data_id {dict(zip(COMPARABLE, group))['data_id']}"
+    return {group: name if counts[name] == 1
+            else f"{name}, data_id {dict(zip(COMPARABLE, group, strict=True))['data_id']}"
             for group, name in names.items()}
 
 

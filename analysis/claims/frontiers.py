@@ -164,8 +164,8 @@ def dead_latents(evidence: Evidence) -> Finding:
     """
     key = "dead_fraction"
     # By variant: where the recipe has AuxK for all, those without are an ablation with a label of its own.
-    jumprelu, topk = (evidence.arm_of(NAMES[variant], lambda run: run.get("variant") == variant and is_published(run)
-                                      and has_auxk(run) is with_it)
+    jumprelu, topk = (evidence.arm_of(NAMES[variant], lambda run, variant=variant, with_it=with_it: (
+                          run.get("variant") == variant and is_published(run) and has_auxk(run) is with_it))
                       for variant, with_it in (("jumprelu", False), ("topk", True)))
     others = {"TopK with AuxK": [topk],
               "Gated": [evidence.arm("gated"), evidence.arm("gated_ri_l1")]}

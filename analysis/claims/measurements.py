@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def unbiased_gradient(evidence: Evidence) -> Finding:
     distances = [(abs(mean - analytic), error) for _, mean, error in rows]
     falls = distances[0][0] < distances[-1][0] and all(
         near <= far + 2 * math.hypot(near_error, far_error)
-        for (near, near_error), (far, far_error) in zip(distances, distances[1:]))
+        for (near, near_error), (far, far_error) in pairwise(distances))
     (bandwidth, mean, error), (distance, _) = rows[0], distances[0]
     low, high = sorted(bound / analytic for bound in stats.norm.interval(CONFIDENCE, mean, error))
     finest = Estimate(mean / analytic, (low, high), 0, 0, "normal", {})

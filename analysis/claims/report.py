@@ -72,8 +72,8 @@ def _shown_finding(found: Finding) -> str:
 
 
 def format_by_l0(findings: Mapping[str, Finding], lm: str | None = None) -> str:
-    """A row for each L0 at which the claims on losses were compared, a column for each claim and loss; empty where there
-    is nothing of it. ``lm``: the language model whose runs these are alone.
+    """A row for each L0 at which the claims on losses were compared, a column for each claim and loss; empty where
+    there is nothing of it. ``lm``: the language model whose runs these are alone.
     """
     columns = {(name, metric): ratios for name, found in findings.items()
                for metric, ratios in found.details.get("by_l0", {}).items() if ratios}

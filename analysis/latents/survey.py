@@ -37,7 +37,8 @@ class Entries(NamedTuple):
 def fired(sae: SAE, activations: Activations, *, progress_bar: bool = False) -> Iterator[tuple[SparseCode, Entries]]:
     """All held-out rows, encoded piece by piece; everything on the CPU."""
     context_size = activations.tokens(SPLIT).shape[1] if isinstance(activations, Cache) else None
-    rows = HeldOutRows(activations, SPLIT, activations.n_rows(SPLIT), device=sae.W_dec.device, progress_bar=progress_bar)
+    rows = HeldOutRows(activations, SPLIT, activations.n_rows(SPLIT), device=sae.W_dec.device,
+                       progress_bar=progress_bar)
     for places, x in rows.pieces():
         code = sae.encode_sparse(x)
         if context_size is not None:

@@ -65,7 +65,8 @@ def draw_paper(directories: Iterable[Path | str], output: Path | str | None = No
         output: folder for ``fig_<name>.png`` and ``.svg``; by default the first of ``directories``.
 
     Raises:
-        ValueError: as :func:`load_runs`, or if a latents.csv, step.json or thresholds.json is damaged; nothing is written then.
+        ValueError: as :func:`load_runs`, or if a latents.csv, step.json or thresholds.json is damaged; nothing is
+            written then.
     """
     runs = load_runs(directories)
     figures: dict[str, Figure | NotMeasured] = {}

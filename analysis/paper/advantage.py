@@ -14,7 +14,8 @@ from analysis.paper.runs import NotMeasured, Runs
 from sae_zoo.frontier.labels import NAMES
 from sae_zoo.frontier.style import STYLES, TEXT, label_log_axes
 
-# Those of claims C1 and C2; of Gated's two forms the better at each L0. ReLU is so far away that it would hide the rest.
+# Those of claims C1 and C2; of Gated's two forms the better at each L0. ReLU is so far away that it would hide the
+# rest.
 OTHERS = {"topk": ("topk",), "gated": ("gated", "gated_ri_l1")}
 _BESIDE = 1.04  # between the bars of two variants at one L0
 
@@ -26,7 +27,8 @@ def ratios(runs: Runs) -> dict[str, dict[str, dict[int, Estimate]]]:
         NotMeasured: if there are no curves of JumpReLU and one of them.
     """
     evidence = Evidence(runs.directories)
-    found = {metric: {label: ratios_by_l0(evidence, evidence.arm("jumprelu"), [evidence.arm(form) for form in forms], metric)
+    found = {metric: {label: ratios_by_l0(evidence, evidence.arm("jumprelu"), [evidence.arm(form) for form in forms],
+                                          metric)
                       for label, forms in OTHERS.items()} for metric in LOSSES}
     found = {metric: own for metric, of_labels in found.items()
              if (own := {label: ratio for label, ratio in of_labels.items() if ratio})}
@@ -45,12 +47,13 @@ def draw_advantage(runs: Runs) -> Figure:
     width, height, left, gap = 2.6, 2.1, 0.5, 0.5
     page_width = left + len(found) * (width + gap) - gap + 0.15
     pairs = max(ratio.n_pairs for of_labels in found.values() for own in of_labels.values() for ratio in own.values())
-    foot = wrap([f"geometric mean over up to {pairs} pairs of site/layer and seed; bar: 95 % interval, where there are three or "
-                 "more; of Gated's forms the better"], page_width - 0.2)
+    foot = wrap([f"geometric mean over up to {pairs} pairs of site/layer and seed; bar: 95 % interval, where there are "
+                 "three or more; of Gated's forms the better"], page_width - 0.2)
     bottom = 0.5 + LINE * len(foot)
     figure = blank(page_width, bottom + height + 0.95)
     top = figure.get_figheight()
-    say(figure, "JumpReLU's loss over that of TopK and Gated, at the same L0", 0.1, top - 0.08, SIZE + 1.5, fontweight="bold")
+    say(figure, "JumpReLU's loss over that of TopK and Gated, at the same L0", 0.1, top - 0.08, SIZE + 1.5,
+        fontweight="bold")
     say(figure, runs.setting, 0.1, top - 0.3, SIZE - 1)
     handles = {}
     for i, (metric, of_labels) in enumerate(found.items()):
@@ -62,7 +65,7 @@ def draw_advantage(runs: Runs) -> Figure:
             means = [ratio.effect for ratio in own.values()]
             (handles[NAMES[label]],) = axes.plot(l0s, means, color=style.color, marker=style.marker, markersize=4,
                                                  markeredgecolor="white", markeredgewidth=0.4, linewidth=1.1)
-            for at, ratio in zip(l0s, own.values()):
+            for at, ratio in zip(l0s, own.values(), strict=True):
                 if ratio.interval is not None:
                     axes.plot([at, at], ratio.interval, color=style.color, linewidth=1.1)
         axes.margins(0.06)

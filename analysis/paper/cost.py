@@ -67,7 +67,7 @@ def draw_cost(runs: Runs) -> Figure:
     axes = add_axes(figure, left, bottom, width, height)
     rows = range(len(ratios))
     axes.barh(rows, list(ratios.values()), height=0.62, color=[look[name].color for name in ratios])
-    for row, ratio in zip(rows, ratios.values()):
+    for row, ratio in zip(rows, ratios.values(), strict=True):
         axes.annotate(f"{ratio:.2f}", (ratio, row), xytext=(3, 0), textcoords="offset points", va="center",
                       fontsize=SIZE, color=TEXT)
     axes.axvline(1, color="white", linewidth=1.0, linestyle=(0, (3, 2)))
@@ -78,7 +78,7 @@ def draw_cost(runs: Runs) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
-    for text, style in zip(axes.get_yticklabels(), look.values()):
+    for text, style in zip(axes.get_yticklabels(), look.values(), strict=True):
         text.set(color=style.color, fontweight="bold")
     say_lines(figure, foot, 0.1, 0.04 + LINE * len(foot))
     return figure

@@ -73,7 +73,7 @@ def draw_curves(runs: Runs, key: str) -> Figure:
         places, metric.title, runs.setting, panel=(2.35, 2.0) if alone else (1.9, 1.45), left=0.48,
         right=0.2 + 0.085 * max(map(len, look)) if alone else 0.12, legend=None if alone else look,
         x_label="L0 (active latents per token)", foot=foot)
-    ends, one_latent = {}, 1 / runs.finished[0]["d_sae"]
+    ends, one_latent, factor = {}, 1 / runs.finished[0]["d_sae"], 100 if metric.percent else 1
     for place, axes in page.axes.items():
         axes.set_xscale("log")
         axes.set_yscale(scale, **({"linthresh": one_latent, "linscale": 0.4} if scale == "symlog" else {}))
@@ -94,7 +94,6 @@ def draw_curves(runs: Runs, key: str) -> Figure:
         elif scale == "symlog":
             axes.yaxis.set_major_locator(FixedLocator([0, *readable_ticks(one_latent, max(high, 10 * one_latent))]))
         label_log_axes(axes, SIZE)
-        factor = 100 if metric.percent else 1
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{factor * value:.6g}"))
     if alone:
         label_curves(axes, ends, look, SIZE)

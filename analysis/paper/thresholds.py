@@ -1,4 +1,5 @@
-"""The loss against single thresholds of a trained JumpReLU SAE, and its slope as the straight-through gradient has it."""
+"""The loss against single thresholds of a trained JumpReLU SAE, and its slope as the straight-through gradient has it.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +28,14 @@ def read_thresholds(runs: Runs) -> dict[str, Any]:
     if not paths:
         raise NotMeasured(f"no {THRESHOLDS} beside the records; python -m analysis.thresholds RUN writes it")
     if len(paths) > 1:
-        raise NotMeasured(f"there are {len(paths)} {THRESHOLDS}: {some([str(path) for path in paths])}; one run's is drawn "
-                          "at a time, take the others away")
+        raise NotMeasured(f"there are {len(paths)} {THRESHOLDS}: {some([str(path) for path in paths])}; one run's is "
+                          "drawn at a time, take the others away")
     try:
         found = json.loads(paths[0].read_text())
         for latent in found["latents"]:
             columns = [np.array(latent[key], float) for key in ("thresholds", "loss", "gradient")]
-            if len({len(column) for column in columns}) > 1 or not np.isfinite(columns).all() or latent["threshold"] <= 0:
+            if (len({len(column) for column in columns}) > 1 or not np.isfinite(columns).all()
+                    or latent["threshold"] <= 0):
                 raise ValueError("equally many finite thresholds, losses and gradients are expected")
         if not found["latents"] or not found["bandwidth"] > 0:
             raise ValueError("a bandwidth and at least one latent are expected")
@@ -60,21 +62,22 @@ def draw_thresholds(runs: Runs) -> Figure:
     latents, color = found["latents"], STYLES["jumprelu"].color
     width, height, left, gap = 1.75, 1.1, 0.62, 0.5
     page_width = left + len(latents) * (width + gap) - gap + 0.15
-    foot = wrap([f"units in which E||x||² is 1; all else as trained; bandwidth {found['bandwidth']:g}, {found['kernel']}; dots: "
-                 "differences of the loss above over one bandwidth", "dashed: where training left the threshold"],
-                page_width - 0.2)
+    foot = wrap([f"units in which E||x||² is 1; all else as trained; bandwidth {found['bandwidth']:g}, "
+                 f"{found['kernel']}; dots: differences of the loss above over one bandwidth",
+                 "dashed: where training left the threshold"], page_width - 0.2)
     bottom = 0.5 + LINE * len(foot)
     figure = blank(page_width, bottom + 2 * height + 1.25)
     top = figure.get_figheight()
     say(figure, "Loss against one latent's threshold, and its slope", 0.1, top - 0.08, SIZE + 1.5, fontweight="bold")
-    say(figure, f"{found['hook']}  ·  JumpReLU at L0 {found['l0']:.1f}, d_sae {found['d_sae']:,}  ·  {found['n_rows']:,} "
-                "held-out tokens", 0.1, top - 0.3, SIZE - 1)
+    say(figure, f"{found['hook']}  ·  JumpReLU at L0 {found['l0']:.1f}, d_sae {found['d_sae']:,}  ·  "
+                f"{found['n_rows']:,} held-out tokens", 0.1, top - 0.3, SIZE - 1)
     for i, latent in enumerate(latents):
         x = left + i * (width + gap)
         theta, loss, gradient = (np.array(latent[key]) for key in ("thresholds", "loss", "gradient"))
         above = add_axes(figure, x, bottom + height + 0.35, width, height)
         above.plot(theta, 1e6 * (loss - loss.min()), color=color, linewidth=1.6)
-        above.set_title(f"latent {latent['latent']}, on {latent['frequency']:.2%}", loc="left", fontsize=SIZE, color=TEXT)
+        above.set_title(f"latent {latent['latent']}, on {latent['frequency']:.2%}", loc="left", fontsize=SIZE,
+                        color=TEXT)
         below = add_axes(figure, x, bottom, width, height)
         below.axhline(0, color=FAINT, linewidth=0.6)
         at, slope = window_slope(theta, loss, found["bandwidth"])
@@ -91,7 +94,7 @@ def draw_thresholds(runs: Runs) -> Figure:
     say(figure, "slope (ten-thousandths)", 0.1, bottom + height + 0.22, SIZE - 1)
     say(figure, "threshold", left, bottom - 0.2)
     handles, labels = below.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper right", ncols=2, frameon=False, fontsize=SIZE - 1, labelcolor=TEXT, borderpad=0,
-                  borderaxespad=0, handlelength=1.6, bbox_to_anchor=(0.99, (bottom + height + 0.24) / top))
+    figure.legend(handles, labels, loc="upper right", ncols=2, frameon=False, fontsize=SIZE - 1, labelcolor=TEXT,
+                  borderpad=0, borderaxespad=0, handlelength=1.6, bbox_to_anchor=(0.99, (bottom + height + 0.24) / top))
     say_lines(figure, foot, 0.1, 0.04 + LINE * len(foot))
     return figure

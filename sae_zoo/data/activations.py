@@ -25,8 +25,8 @@ class RowStream(Protocol):
     """An endless sequence of rows: pass after pass over a split, each pass in its own seeded order."""
 
     def read(self, first: int, count: int) -> Tensor:
-        """Rows ``first`` to ``first + count`` of the sequence, [count, d_in], float32 or the 16-bit type in which they are
-        stored; fast when read in order. Not to be written to.
+        """Rows ``first`` to ``first + count`` of the sequence, [count, d_in], float32 or the 16-bit type in which they
+        are stored; fast when read in order. Not to be written to.
         """
 
 

@@ -8,8 +8,8 @@ published by one rename.
 Several processes may write one cache, each the rows of its own part of the text, into buckets of its own; the first of
 them makes the shards of all, which are the same bytes as one process would have made.
 
-A writer that was killed leaves its part of that folder, and the next one goes on with it: from the last note of how long
-each bucket was at which row of the text, and, once the shards are being made, from those that are there.
+A writer that was killed leaves its part of that folder, and the next one goes on with it: from the last note of how
+long each bucket was at which row of the text, and, once the shards are being made, from those that are there.
 """
 
 from __future__ import annotations
@@ -170,12 +170,12 @@ class CacheWriter:
         if activations.shape != (n, self.d_in):
             raise ValueError(f"activations have shape {tuple(activations.shape)}; (n, d_in = {self.d_in}) is expected")
         origin = Origin(token_ids, sequences, positions)
-        for name, values in zip(Origin._fields, origin):
+        for name, values in zip(Origin._fields, origin, strict=True):
             if values.shape != (n,):
                 raise ValueError(f"{name} have shape {tuple(values.shape)}; ({n},) is expected, one for each row")
         if self._n_appended[split] + n > self._part.rows[split][1]:
-            raise ValueError(f"split {split!r} gets row {self._n_appended[split] + n}, but {self._part.rows[split][1]} were "
-                             "announced")
+            raise ValueError(f"split {split!r} gets row {self._n_appended[split] + n}, but {self._part.rows[split][1]} "
+                             "were announced")
         stored = activations.detach().to("cpu", DTYPES[self.dtype]).contiguous()
         bad = first_not_finite(stored)
         if bad is not None:
@@ -193,7 +193,7 @@ class CacheWriter:
             self._shard_of[target] = self._first_shard[split] + shard
             self._waiting["slot"][target] = slot
             self._waiting["activations"][target] = raw[source]
-            for name, column in zip(Origin._fields, columns):
+            for name, column in zip(Origin._fields, columns, strict=True):
                 self._waiting[name][target] = column[source]
             self._n_waiting += take
             done += take
@@ -210,8 +210,8 @@ class CacheWriter:
             self._note()
 
     def finish(self, packed: Mapping[str, PackedTokens], *, progress_bar: bool = False) -> Cache:
-        """When all parts are complete, make the shards, publish the cache and open it. Of several writers the first does
-        so and the others wait for it. Keeps a finished cache that is there already.
+        """When all parts are complete, make the shards, publish the cache and open it. Of several writers the first
+        does so and the others wait for it. Keeps a finished cache that is there already.
 
         Args:
             packed: of every split, the tokens that the rows come from.
@@ -270,7 +270,7 @@ class CacheWriter:
         return open_cache(self._publish())
 
     def _go_on(self) -> bool:
-        """Take over what a writer of the same cache has left; False if there is nothing, or nothing that can be used."""
+        """Take over what a writer of the same cache has left; False if there is nothing, or nothing usable."""
         file = self._own / _PROGRESS
         if (self._partial / MANIFEST).exists():  # all is there, but was not published
             self.sequences_done, self.complete = {}, True
@@ -340,7 +340,7 @@ class CacheWriter:
         shard_of = self._shard_of[: self._n_waiting]
         order = np.argsort(shard_of)
         shards, starts = np.unique(shard_of[order], return_index=True)
-        for shard, rows in zip(shards, np.split(order, starts[1:])):
+        for shard, rows in zip(shards, np.split(order, starts[1:]), strict=False):  # nothing waits: 0 and 1
             bucket = self._bucket(int(shard))
             try:
                 with open(bucket, "ab") as file:
@@ -387,7 +387,7 @@ class CacheWriter:
 
     def _publish(self) -> Path:
         final = self.root / self.cache_id
-        for part in self._partial.glob("part*of*"):  # also those of an interrupted harvest by another number of processes
+        for part in self._partial.glob("part*of*"):  # also an interrupted harvest's by another number of processes
             shutil.rmtree(part)
         sync_folder(self._partial)
         try:

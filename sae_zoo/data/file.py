@@ -52,7 +52,7 @@ class FileActivations(Activations):
                 raise ValueError(f"{heldout_path} has rows of {held_out.shape[1]} numbers, {path} of {train.shape[1]}; "
                                  "they must be equal")
         half = len(held_out) // 2
-        self._splits = dict(zip(SPLITS, (train, held_out[:half], held_out[half:])))
+        self._splits = dict(zip(SPLITS, (train, held_out[:half], held_out[half:]), strict=True))
         for split, rows in self._splits.items():
             if not len(rows):
                 raise ValueError(f"{heldout_path or path} has too few rows: {split} gets none; give more"
@@ -141,7 +141,8 @@ def open_array(path: str) -> Tensor:
 
 def _open_npy(file: Path, _: None) -> Tensor:
     try:
-        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))  # c: copy on write, as torch has no read-only tensors
+        # c: copy on write, as torch has no read-only tensors
+        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
     except ValueError as error:
         raise TypeError(error) from None  # numpy's name for a broken or pickled file
 

@@ -1,4 +1,5 @@
-"""From a language model and a corpus to activation caches: one forward pass for all hook points, stopped at the last."""
+"""From a language model and a corpus to activation caches: one forward pass for all hook points, stopped at the last.
+"""
 
 from __future__ import annotations
 
@@ -145,8 +146,8 @@ def _open(path: Path, width: int) -> Cache:
     """A cache that was there already, its hashes checked where that takes seconds and not hours."""
     cache = open_cache(path)
     if cache.d_in != width:
-        raise ValueError(f"cache {path} has rows of {cache.d_in} numbers, but the hook point gives {width}; it belongs to "
-                         "another language model: delete the folder to harvest it again")
+        raise ValueError(f"cache {path} has rows of {cache.d_in} numbers, but the hook point gives {width}; it belongs "
+                         "to another language model: delete the folder to harvest it again")
     if cache.n_bytes <= HASHED_UP_TO_BYTES:
         cache.verify_hashes()
     return cache
@@ -172,8 +173,8 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
         n_rows, wanted = len(held_out.tokens), n["validation"] + n["test"]
         of = (f"data.n_tokens.validation + test = {wanted}" if held_out.n_tokens >= 0.9 * wanted
               else f"the held-out text, {held_out.n_tokens} tokens,")
-        raise ValueError(f"{of} is {n_rows} row{'s' * (n_rows != 1)} of lm.context_size {spec.context_size}, and validation "
-                         "and test need one each; give more tokens, or a smaller lm.context_size")
+        raise ValueError(f"{of} is {n_rows} row{'s' * (n_rows != 1)} of lm.context_size {spec.context_size}, and "
+                         "validation and test need one each; give more tokens, or a smaller lm.context_size")
     return {"train": train, "validation": validation, "test": test}
 
 
@@ -186,8 +187,8 @@ def _too_few_documents(corpus: Corpus, spec: HarvestSpec) -> ValueError | None:
     without = "held-out" if n["train"] else "train"
     if n["train"] and n["validation"] + n["test"]:
         return None if spec.part is None else ValueError(
-            f"data.part {list(spec.part)} has no train document: there are {n['train']}, dealt to {spec.part[1]} parts; "
-            "choose fewer parts, or give more documents")
+            f"data.part {list(spec.part)} has no train document: there are {n['train']}, dealt to {spec.part[1]} "
+            "parts; choose fewer parts, or give more documents")
     return ValueError(f"corpus has no {without} document: it has {found} document{'s' * (found != 1)} and is split by "
                       "document, one in ten being held out; give 50 or more, a long text in chapters, say"
                       + (f" ({left_out})" if left_out else ""))
@@ -207,7 +208,8 @@ def _run(lm: LoadedLM, hooks: Sequence[HookPoint], packed: Mapping[str, PackedTo
                     sequences, positions = kept.nonzero(as_tuple=True)
                     for name, activations in capture(lm.model, behind, tokens).items():
                         new = sequences + start >= writers[name].sequences_done[split]
-                        writers[name].append(split, activations[kept.to(activations.device)][new.to(activations.device)],
-                                             tokens[kept][new], sequences[new] + start, positions[new])
+                        writers[name].append(
+                            split, activations[kept.to(activations.device)][new.to(activations.device)],
+                            tokens[kept][new], sequences[new] + start, positions[new])
                         writers[name].sequences_appended(split, start + len(tokens))
                 bar.update(int(kept.sum()))

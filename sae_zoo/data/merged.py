@@ -45,7 +45,7 @@ class Blend:
         for shards in parts:
             ends = np.cumsum([shard.shape[0] for shard in shards])
             start, stop = (int(ends[-1]) * i // of for i in (number, number + 1))
-            for shard, end in zip(shards, ends.tolist()):
+            for shard, end in zip(shards, ends.tolist(), strict=True):
                 first = end - shard.shape[0]
                 if max(start, first) < min(stop, end):
                     windows.append(shard.window(max(start, first) - first, min(stop, end) - first))

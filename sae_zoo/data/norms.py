@@ -1,8 +1,8 @@
 """How long rows are: a histogram of their norms, and which of them are too long to train on.
 
 Many language models have rows whose norm is ten to a hundred times that of the others, at the first positions or at one
-frequent token, and they are no special tokens. A few hold most of the variance: an SAE that is fitted to them has nothing
-left for the rest, and one that meets them now and then loses its latents to them.
+frequent token, and they are no special tokens. A few hold most of the variance: an SAE that is fitted to them has
+nothing left for the rest, and one that meets them now and then loses its latents to them.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class Norms:
     def add(self, squares: Tensor) -> None:
         """Count rows whose ||x||^2 are ``squares`` [n] float64."""
         values = squares.cpu().numpy()
-        bins = np.floor(np.log2(np.maximum(values, np.finfo(np.float64).tiny)) * (_BINS_PER_OCTAVE / 2)).astype(np.int64)
+        logs = np.log2(np.maximum(values, np.finfo(np.float64).tiny))
+        bins = np.floor(logs * (_BINS_PER_OCTAVE / 2)).astype(np.int64)
         found, which = np.unique(bins, return_inverse=True)
-        counts, sums = np.bincount(which), np.bincount(which, weights=values)  # one after the other: always the same sum
+        # One after the other: always the same sum.
+        counts, sums = np.bincount(which), np.bincount(which, weights=values)
         for i, n, total in zip(found.tolist(), counts.tolist(), sums.tolist(), strict=True):
             before = self.bins.get(i, (0, 0.0))
             self.bins[i] = before[0] + n, before[1] + total
@@ -89,8 +91,8 @@ class Norms:
         if multiple is None:
             return math.inf
         if not multiple > 1:
-            raise ValueError(f"data.max_norm is {multiple}; it is a multiple of the median norm and must be above 1, or null "
-                             "to leave no row out")
+            raise ValueError(f"data.max_norm is {multiple}; it is a multiple of the median norm and must be above 1, "
+                             "or null to leave no row out")
         if not math.isfinite(multiple):
             return math.inf
         return _edge(round(math.log2(multiple * self.median) * _BINS_PER_OCTAVE))
@@ -167,5 +169,6 @@ def describe(norms: Mapping[str, Any], n_rows: int, tokenizer: Any = None) -> st
     named = f"token {token}" if tokenizer is None else repr(tokenizer.decode([token]))
     return (f"{long['rows']:,} of {n_rows:,} rows ({long['rows'] / n_rows:.2%}) have more than "
             f"{long['multiple_of_median']:g} times the median norm, up to "
-            f"{norms['quantiles']['1'] / Norms.from_json(norms['histogram']).median:.0f} times, and {long['square_share']:.0%} of the sum of "
-            f"||x||^2; most frequent: {named}, position {position} ({at_it} rows)")
+            f"{norms['quantiles']['1'] / Norms.from_json(norms['histogram']).median:.0f} times, and "
+            f"{long['square_share']:.0%} of the sum of ||x||^2; most frequent: {named}, position {position} "
+            f"({at_it} rows)")

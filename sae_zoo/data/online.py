@@ -1,9 +1,9 @@
 """Activations on the fly: training rows straight from the language model, through a shuffle buffer of bounded memory.
 
 Held-out rows are those of an ordinary cache. A training row is never stored: the sequences of the packed text are read
-in a seeded order, and their rows wait in a buffer until they are drawn from it. Row m of the stream is a pure function of
-the text, the seed and m. A run that goes on gives the language model again what had not been drawn yet, which is spread
-over the last dozen buffers or so. What grows with the text is its tokens, 4 bytes each.
+in a seeded order, and their rows wait in a buffer until they are drawn from it. Row m of the stream is a pure function
+of the text, the seed and m. A run that goes on gives the language model again what had not been drawn yet, which is
+spread over the last dozen buffers or so. What grows with the text is its tokens, 4 bytes each.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from sae_zoo.data.permutation import Permutation, draws
 from sae_zoo.lm.hooks import HookPoint, capture
 from sae_zoo.lm.load import LoadedLM
 
-# Rows that stand for all of train where their mean ||x||^2 is asked for, at most: some seconds of reading. Where rows are
-# asked for by their number, so many are in an order of their own.
+# Rows that stand for all of train where their mean ||x||^2 is asked for, at most: some seconds of reading. Where rows
+# are asked for by their number, so many are in an order of their own.
 SAMPLE_ROWS = 32768
 PASSES_AHEAD = 2  # of the language model
 _ENDLESS = 1 << 60
@@ -80,10 +80,10 @@ class LMRows:
             pass_, start = divmod(first, self.n_rows)
             order = Permutation(n_sequences, seed, pass_)(np.arange(n_sequences))
             ends = self.kept[order].cumsum()
-            group = int(np.searchsorted(ends, start, side="right")) // self.batch_size * self.batch_size
-            skipped = start - (int(ends[group - 1]) if group else 0)
+            begin = int(np.searchsorted(ends, start, side="right")) // self.batch_size * self.batch_size
+            skipped = start - (int(ends[begin - 1]) if begin else 0)
             until = min(self.n_rows, start + stop - first)
-            for group in range(group, int(np.searchsorted(ends, until)) + 1, self.batch_size):
+            for group in range(begin, int(np.searchsorted(ends, until)) + 1, self.batch_size):
                 rows = self._read(order[group : group + self.batch_size])[skipped : skipped + stop - first]
                 skipped = 0
                 yield rows
@@ -104,12 +104,14 @@ class LMRows:
 
 
 class ShuffleBuffer:
-    """A :class:`~sae_zoo.data.activations.RowStream` out of a buffer, in which the language model runs ahead in a thread.
+    """A :class:`~sae_zoo.data.activations.RowStream` out of a buffer, in which the language model runs ahead in a
+    thread.
 
     Draw m takes the row in slot s(m), a hash, and puts row ``n_slots + m`` of the text in its place. So it gives row
-    ``n_slots + m'`` where m' is the draw before it from the same slot, and row s(m) where there is none. A row waits for
-    ``n_slots`` draws on the average, but some for ten times that: what is in a batch comes from far more of the text than is in
-    memory. (Shuffled blocks of as many rows, one after the other, cost an SAE 1 % in FVU: analysis/LOG.md.)
+    ``n_slots + m'`` where m' is the draw before it from the same slot, and row s(m) where there is none. A row waits
+    for ``n_slots`` draws on the average, but some for ten times that: what is in a batch comes from far more of the
+    text than is in memory. (Shuffled blocks of as many rows, one after the other, cost an SAE 1 % in FVU:
+    analysis/LOG.md.)
 
     Args:
         rows: of one pass.

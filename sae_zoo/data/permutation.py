@@ -99,7 +99,7 @@ class Permutation:
             ValueError: if an index is outside ``[0, n)``.
         """
         indices = np.asarray(indices)
-        if indices.size and not (0 <= indices.min() and indices.max() < self.n):
+        if indices.size and not (indices.min() >= 0 and indices.max() < self.n):
             raise ValueError(f"indices {indices.min()} to {indices.max()} were given; they must be in [0, {self.n})")
         flat = indices.astype(np.uint64).ravel()
         _permute(flat, *self._sizes, self._keys)

@@ -118,7 +118,7 @@ class RemoteFolder:
             names = [entry["file"] for entry in entries if sizes.get(entry["file"]) == entry["bytes"] >= 8]
             lengths = self.ranges(names, [0] * len(names), [8] * len(names))
             ends = [min(8 + int.from_bytes(length, "little"), 8 + _HEADER_BYTES, sizes[name])
-                    for name, length in zip(names, lengths)]
+                    for name, length in zip(names, lengths, strict=True)]
             headers = dict(zip(names, self.ranges(names, [8] * len(names), ends), strict=True))
         for entry in entries:
             n_bytes = sizes.get(entry["file"])

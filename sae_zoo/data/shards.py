@@ -148,8 +148,8 @@ def stored_tensors(file: StoredFile, header: bytes) -> dict[str, StoredTensor]:
 class ShardStream:
     """An endless stream over shards: every pass takes the shards, and the rows inside each, in a new seeded order.
 
-    A shard is read whole (and fetched, where it lies elsewhere) while the one before it is in use. What is read of it are
-    views of its memory, which is used again when the last of them is gone: two shards and what readers hold on to.
+    A shard is read whole (and fetched, where it lies elsewhere) while the one before it is in use. What is read of it
+    are views of its memory, which is used again when the last of them is gone: two shards and what readers hold on to.
 
     Args:
         shards: the rows of each, alike but for their number; or what is read like them.
@@ -183,7 +183,9 @@ class ShardStream:
         return Permutation(len(self._shards), self._seed, pass_)(np.arange(len(self._shards)))
 
     def _shard(self, place: int) -> Tensor:
-        """The rows, in their order, of the shard at ``place`` of the endless sequence of shards; starts to read the next."""
+        """The rows, in their order, of the shard at ``place`` of the endless sequence of shards; starts to read the
+        next.
+        """
         ahead = {p: loading for p, loading in self._loading.items() if p in (place, place + 1)}
         for p in (place, place + 1):
             if p not in ahead:

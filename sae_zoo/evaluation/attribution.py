@@ -34,7 +34,7 @@ def gradients(forward: FromLayer, hook: HookPoint, tokens: Tensor, keep: Tensor,
                               disable=not progress_bar):
         activation: list[Tensor] = []
 
-        def leaf(x: Tensor) -> Tensor:
+        def leaf(x: Tensor, activation: list[Tensor] = activation) -> Tensor:
             activation.append(x.detach().requires_grad_())
             return activation[0]
 

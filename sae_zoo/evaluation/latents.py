@@ -47,16 +47,16 @@ class LatentCounts:
 
     @property
     def l0_standard_error(self) -> float:
-        """Standard error of ``l0`` as a mean over tokens, by batch means: blocks of 256 tokens in a row count as independent,
-        tokens of a block do not. NaN for less than two blocks.
+        """Standard error of ``l0`` as a mean over tokens, by batch means: blocks of 256 tokens in a row count as
+        independent, tokens of a block do not. NaN for less than two blocks.
         """
         l0 = torch.cat(self._l0_of_tokens).double()
         blocks = l0[: len(l0) // _BLOCK * _BLOCK].view(-1, _BLOCK).mean(1)
         return float(blocks.std() / len(blocks) ** 0.5) if len(blocks) > 1 else math.nan
 
     def summary(self) -> dict[str, float]:
-        """Sum up ``l0`` and its standard error, ``dead_fraction`` (latents that fired on none of the tokens), and the shares of
-        latents that fire on more than 1 % and 10 % of them.
+        """Sum up ``l0`` and its standard error, ``dead_fraction`` (latents that fired on none of the tokens), and the
+        shares of latents that fire on more than 1 % and 10 % of them.
         """
         frequency = self.frequency
         return {

@@ -118,17 +118,20 @@ def lm_metrics(forward: FromLayer, hook: HookPoint, tokens: Tensor, keep: Tensor
     """Delta LM loss, loss recovered and KL of a reconstruction, from two forward passes of every row.
 
     Special positions (BOS, EOS, padding) and the first of a row keep their clean activation, in the splice and in the
-    zero-ablation: no SAE is trained on them. A token is a target where it is not special itself; the first after BOS is one.
+    zero-ablation: no SAE is trained on them. A token is a target where it is not special itself; the first after BOS is
+    one.
 
     Sums are kept in float64 and divided once, so the result depends on ``batch_size`` by rounding only. Beside the
     model, memory holds two batches of logits in the model's dtype and some 250 MB.
 
     Args:
-        forward: passes of a Hugging Face causal language model in eval mode, from the layer of ``hook`` on where they can.
+        forward: passes of a Hugging Face causal language model in eval mode, from the layer of ``hook`` on where they
+            can.
         tokens: [n_rows, context] int.
         keep: [n_rows, context] bool, of :func:`sae_zoo.lm.rows.data_points`; on the same device as ``tokens``.
         reconstruct: raw activations x [n, d] float32 -> x_hat [n, d], on the device of the hooked layer.
-        ce_ablated: what :func:`ablated_cross_entropy` gives for these arguments; it is the same for every reconstruction.
+        ce_ablated: what :func:`ablated_cross_entropy` gives for these arguments; it is the same for every
+            reconstruction.
         batch_size: rows a forward pass.
 
     Raises:

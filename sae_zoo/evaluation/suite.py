@@ -24,7 +24,8 @@ from sae_zoo.lm.resume import FromLayer, Streams
 from sae_zoo.lm.rows import data_points
 
 _ROWS_AT_ONCE = 4096
-# Of each row of tokens, positions whose attributions are looked at, and the seed that draws them: the same for all runs.
+# Of each row of tokens, positions whose attributions are looked at, and the seed that draws them: the same for all
+# runs.
 _ATTRIBUTED_POSITIONS, _ATTRIBUTION_SEED = 2, 0
 
 T = TypeVar("T")
@@ -90,8 +91,8 @@ class HeldOutRows:
 
 
 def within(reconstruct: Callable[[Tensor], Tensor], bound: float) -> Callable[[Tensor], Tensor]:
-    """``reconstruct`` on rows whose norm is below ``bound``, the identity on others: what was left out of training stays
-    as the language model has it.
+    """``reconstruct`` on rows whose norm is below ``bound``, the identity on others: what was left out of training
+    stays as the language model has it.
     """
 
     def apply(x: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def interpolate_at(l0s: Sequence[float], values: Sequence[float], at: float, *, 
     if at < low * (1 - 1e-9) or at > high * (1 + 1e-9):  # rounding of an end point is not extrapolation
         raise ValueError(f"L0 {at:g} is outside the curve, which was measured from {low:g} to {high:g}; "
                          "choose an L0 inside it, or train at a target beyond it")
-    l0s, values = zip(*sorted(zip(l0s, values)))
+    l0s, values = zip(*sorted(zip(l0s, values, strict=True)), strict=True)
     if not log_values:
         return float(np.interp(np.log(at), np.log(l0s), values))
     return float(np.exp(np.interp(np.log(at), np.log(l0s), np.log(values))))
@@ -94,10 +94,10 @@ def front_of_curves(curves: Iterable[Sequence[tuple[float, float]]], n: int = 30
     """
     points = []
     for curve in curves:
-        l0s, values = zip(*curve)
+        l0s, values = zip(*curve, strict=True)
         sampled = np.geomspace(min(l0s), max(l0s), n).tolist() if len(curve) > 1 else []
         points += [*curve, *((l0, interpolate_at(l0s, values, l0)) for l0 in sampled)]
-    return sorted({point for point, is_on in zip(points, pareto_front(points)) if is_on})
+    return sorted({point for point, is_on in zip(points, pareto_front(points), strict=True) if is_on})
 
 
 def label_of(record: Mapping[str, Any]) -> str:

@@ -68,7 +68,7 @@ def _draw_panel(axes: Axes, groups: list[SeedGroup], key: str, look: dict[str, S
     # From where every curve has begun: a worse one that was measured at a slightly lower L0 is no frontier.
     start = max((min(curve)[0] for curve in curves if len(curve) > 1), default=0)
     front = [point for point in front_of_curves(curves) if point[0] >= start]
-    axes.plot(*zip(*front), color=FRONT, linewidth=8, solid_capstyle="round", solid_joinstyle="round",
+    axes.plot(*zip(*front, strict=True), color=FRONT, linewidth=8, solid_capstyle="round", solid_joinstyle="round",
               zorder=1)
     axes.margins(0.07)
     axes.set_xlim(*axes.get_xlim())

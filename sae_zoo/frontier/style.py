@@ -1,5 +1,5 @@
-"""How every plot looks: one colour and marker a variant (its config says which), plain numbers on log axes, labels beside the curves, the same
-bytes from the same runs.
+"""How every plot looks: one colour and marker a variant (its config says which), plain numbers on log axes, labels
+beside the curves, the same bytes from the same runs.
 
 Colours are Okabe and Ito's (https://jfly.uni-koeln.de/color/), which stay apart under the common colour blindnesses;
 markers differ as well, so that a grey print is readable. Their yellow is left out: it vanishes on white paper.
@@ -96,10 +96,11 @@ def draw_curve(axes: Axes, groups: Sequence[SeedGroup], key: str, style: Style, 
     runs = [point for group in groups for run in group.runs
             if can_draw(*(point := (run.get("l0"), run.get(key))), log=log)]
     if runs and means and is_curve(groups):
-        axes.plot(*zip(*means), color=style.color, linewidth=0.25 * marker_size, zorder=2)
+        axes.plot(*zip(*means, strict=True), color=style.color, linewidth=0.25 * marker_size, zorder=2)
     if runs:
-        axes.plot(*zip(*runs), color=style.color, linestyle="none", marker=style.marker, markersize=marker_size,
-                  markeredgecolor="white", markeredgewidth=0.11 * marker_size, zorder=3, clip_on=False)
+        axes.plot(*zip(*runs, strict=True), color=style.color, linestyle="none", marker=style.marker,
+                  markersize=marker_size, markeredgecolor="white", markeredgewidth=0.11 * marker_size, zorder=3,
+                  clip_on=False)
     return means, runs
 
 
@@ -139,7 +140,7 @@ def label_curves(axes: Axes, ends: dict[str, tuple[float, float]], look: dict[st
     height = axes.get_window_extent().height / axes.figure.dpi * 72  # points
     wanted = [float(to_axes.transform(end)[1]) for end in ends.values()]
     placed = spread_apart(wanted, 1.35 * size / height, 0.0, 1.0)
-    for (label, end), y in zip(ends.items(), placed):
+    for (label, end), y in zip(ends.items(), placed, strict=True):
         axes.annotate(
             label, xy=end, xytext=(1.04, y), textcoords="axes fraction", va="center", fontsize=size,
             color=look[label].color, fontweight="bold", annotation_clip=False,

@@ -37,8 +37,9 @@ def format_table(groups: Iterable[SeedGroup]) -> str:
     header = ["variant", "target L0", "measured L0", "FVU", "delta LM loss", "loss recovered", "dead share", "seconds",
               "seed"]
     rows = [header, *map(row, groups)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:]))]).rstrip()
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join([cells[0].ljust(widths[0]),
+                        *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]).rstrip()
              for cells in rows]
     rule = "-" * max(map(len, lines))
     for i in range(len(groups) - 1, 0, -1):  # an empty line between labels, where a label has several rows

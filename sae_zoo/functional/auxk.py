@@ -10,8 +10,8 @@ from sae_zoo.functional.encoder import chunk_rows
 
 
 def auxk_error(x: Tensor, residual: Tensor, W_enc: Tensor, b_enc: Tensor | None, W_dec: Tensor, k: int) -> Tensor:
-    """||residual - e_hat||^2, where e_hat sums the ``k`` largest ReLU(x W_enc + b_enc) of each token, times their rows of
-    ``W_dec``, without the decoder's bias.
+    """||residual - e_hat||^2, where e_hat sums the ``k`` largest ReLU(x W_enc + b_enc) of each token, times their rows
+    of ``W_dec``, without the decoder's bias.
 
     Args:
         x: [tokens, d_in], what the encoder sees; no gradient is taken of it, nor of ``residual``.

@@ -88,7 +88,7 @@ def select_above(product: Tensor, bias: Tensor, bound: Tensor) -> tuple[Tensor, 
         masks = [torch.zeros(-(-n // 8) * 8, dtype=torch.int8) for _ in range(parts)]
         ids = [torch.empty(room, dtype=torch.int32) for _ in range(parts)]
         values = [torch.empty(room, dtype=_sum_type(product)) for _ in range(parts)]
-        filled = _in_parallel(_select_above, rows, lambda p: (
+        filled = _in_parallel(_select_above, rows, lambda p, masks=masks, ids=ids, values=values: (
             *arrays, *_arrays(masks[p], masks[p].view(torch.int64), ids[p], values[p], counts)))
         if max(filled) <= room:
             break

@@ -32,7 +32,8 @@ class _SquaredError(torch.autograd.Function):
         inside = norms.clamp_max(bound)
         share = inside / norms.clamp_min(torch.finfo(norms.dtype).tiny)  # of each row's error that its gradient is of
         ctx.active = active
-        if active is not None and not ctx.needs_input_grad[1]:  # half of the backward pass now, and the error is not kept
+        # Half of the backward pass now, and the error is not kept.
+        if active is not None and not ctx.needs_input_grad[1]:
             ctx.save_for_backward(active.matmul_backward(None, error * share.unsqueeze(1), weight)[0])
         else:
             ctx.save_for_backward(values, weight, error, share)

@@ -76,8 +76,8 @@ def dense_pre_acts(x_centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tenso
 
 @torch.no_grad()
 def products(x_centred: Tensor, W_enc: Tensor) -> Iterator[Tensor]:
-    """``x_centred`` [batch, d_in] times ``W_enc`` [d_in, d_sae], as many rows at a time as may exist at once, each time in
-    the same buffer.
+    """``x_centred`` [batch, d_in] times ``W_enc`` [d_in, d_sae], as many rows at a time as may exist at once, each time
+    in the same buffer.
     """
     x, weight = operand(x_centred.detach()), operand(W_enc)
     rows = chunk_rows(x, weight.shape[1])

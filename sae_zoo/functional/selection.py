@@ -89,8 +89,8 @@ class LargestOfBuckets(Selection):
 
 @dataclass(frozen=True, eq=False)
 class LargestOfBatch:
-    """The ``k`` largest entries for each row of a batch, anywhere in it, as far as they are above 0: no rule before it has
-    seen the batch. Of equal ones at the edge, all.
+    """The ``k`` largest entries for each row of a batch, anywhere in it, as far as they are above 0: no rule before it
+    has seen the batch. Of equal ones at the edge, all.
 
     Attributes:
         k: entries a row, on average.

@@ -21,8 +21,8 @@ _ALIGNMENT = 64  # bytes: a cache line, and the widest vector registers
 # Buffers come in so many sizes from a power of two to the next, so that an active set, which has as many entries as it
 # happens to have, finds the buffers of the one before.
 _SIZES_AN_OCTAVE = 16
-# A buffer may be so many times what is asked for. At 2 the decoder's error takes the chunk of pre-activations that is done
-# with, and a weight's gradient takes the error's.
+# A buffer may be so many times what is asked for. At 2 the decoder's error takes the chunk of pre-activations that is
+# done with, and a weight's gradient takes the error's.
 _LOOSEST = 2.1
 # A buffer that lay free while so many others were taken belongs to work that has ended; a step takes about a dozen.
 _PATIENCE = 200

@@ -45,7 +45,9 @@ def one_layer(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def tokens_per_second(config: Any, dtype: torch.dtype) -> float:
-    """Of a whole model of ``config`` on this machine's CPU, but for its vocabulary: from one layer, its weights constant."""
+    """Of a whole model of ``config`` on this machine's CPU, but for its vocabulary: from one layer, its weights
+    constant.
+    """
     layer = one_layer(config, dtype).to_empty(device="cpu")
     for tensor in (*layer.parameters(), *layer.buffers()):
         tensor.fill_(0.01)
@@ -59,7 +61,8 @@ def tokens_per_second(config: Any, dtype: torch.dtype) -> float:
     return _TOKENS / (best * config.get_text_config().num_hidden_layers)
 
 
-def choose_dtype(dtype: str, config: Any, device: torch.device | str, root: Path, *, remember: bool = True) -> torch.dtype:
+def choose_dtype(dtype: str, config: Any, device: torch.device | str, root: Path, *,
+                 remember: bool = True) -> torch.dtype:
     """The type that ``lm.dtype`` means.
 
     ``auto`` is bfloat16 on a GPU. On a CPU both are timed, for a second, and bfloat16 is taken where it is 1.3 times as

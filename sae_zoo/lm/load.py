@@ -110,13 +110,15 @@ def _progress_bar(shown: bool) -> Iterator[None]:
 
 
 def check_context_size(config: Any, context_size: int) -> None:
-    """Raises ValueError if rows of ``context_size`` tokens are longer than the positions that the model was trained on."""
+    """Raises ValueError if rows of ``context_size`` tokens are longer than the positions that the model was trained on.
+    """
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(most, int) and isinstance(context_size, int) and context_size > most:
         raise ValueError(f"lm.context_size is {context_size}; the model was trained on {most}")
 
 
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, separator: str | None, path: str) -> None:
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, separator: str | None,
+                        path: str) -> None:
     """Make ``separator``, if any, BOS and EOS; pad with EOS, or BOS, where the embedding has no row for padding.
 
     Raises:
@@ -129,8 +131,8 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, n_embeddings: int, s
         tokenizer.bos_token = tokenizer.eos_token = separator
     for name, number in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
         if number is not None and number >= n_embeddings:
-            raise ValueError(f"lm.path: the tokenizer of {path!r} has {name} at {number}, but the model knows {n_embeddings} "
-                             "tokens; the two do not belong together")
+            raise ValueError(f"lm.path: the tokenizer of {path!r} has {name} at {number}, but the model knows "
+                             f"{n_embeddings} tokens; the two do not belong together")
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= n_embeddings:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token
 
@@ -158,8 +160,8 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
     """
     check_dtype(dtype)
     if device_map is not None and find_spec("accelerate") is None:
-        raise ValueError(f"lm.device_map is {device_map!r}, which needs the accelerate package: pip install accelerate, or "
-                         "leave it null")
+        raise ValueError(f"lm.device_map is {device_map!r}, which needs the accelerate package: pip install "
+                         "accelerate, or leave it null")
     file = gguf_file(path)
     if file is not None:
         with _progress_bar(shown=file.stat().st_size > _QUIET_BELOW_BYTES):
@@ -168,8 +170,8 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
         folder = BUILTIN if path == "builtin" else Path(path).expanduser()
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"lm.revision is {revision!r}, but lm.path {path!r} is {'a folder' if file is None else 'a file'}; "
-                             "only hub models have one")
+            raise ValueError(f"lm.revision is {revision!r}, but lm.path {path!r} is "
+                             f"{'a folder' if file is None else 'a file'}; only hub models have one")
         files = _files(folder)
         fingerprint = _digest(files) if file is None else gguf_fingerprint(file)
     else:
@@ -180,8 +182,8 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
         with _progress_bar(shown=sum(f.stat().st_size for f in files) > _QUIET_BELOW_BYTES):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=choose_dtype(dtype, config, "cuda" if device_map else device, made), device_map=device_map,
-                use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+                folder, dtype=choose_dtype(dtype, config, "cuda" if device_map else device, made),
+                device_map=device_map, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"lm.path: {folder} cannot be loaded as a causal language model: {error}") from error

@@ -1,7 +1,7 @@
 """Forward passes over the same rows again and again, each from the layer of a hook point on.
 
-What a reconstruction costs is measured by passes that differ from the hook point on alone. What the layers below make of a
-row is therefore kept from the first pass over it.
+What a reconstruction costs is measured by passes that differ from the hook point on alone. What the layers below make
+of a row is therefore kept from the first pass over it.
 """
 
 from __future__ import annotations
@@ -57,10 +57,11 @@ class Streams:
 
 
 class FromLayer:
-    """Calls of ``lm_forward(model, tokens)`` that skip the layers below that of ``hook`` where ``tokens`` were seen before.
+    """Calls of ``lm_forward(model, tokens)`` that skip the layers below that of ``hook`` where ``tokens`` were seen
+    before.
 
-    The first batch is read both ways: where the two logits differ in a bit (a layer that takes more than the stream from
-    those below it), all passes are whole ones. So are those over rows for which there is no room.
+    The first batch is read both ways: where the two logits differ in a bit (a layer that takes more than the stream
+    from those below it), all passes are whole ones. So are those over rows for which there is no room.
 
     Args:
         model: a Hugging Face causal language model in eval mode; nothing below the layer of ``hook`` may be changed

@@ -48,8 +48,8 @@ def load_skeleton(path: str, *, revision: str | None = None, dtype: str = "float
     """The model that :func:`sae_zoo.lm.load.load_lm` would load, on the meta device: every module, no weight.
 
     Args:
-        path, revision, dtype, device, made: as of :func:`~sae_zoo.lm.load.load_lm`. Of a hub model only ``config.json`` is
-            read; that of Gemma 2 2B and 9B is known where the hub cannot be reached. Nothing is written.
+        path, revision, dtype, device, made: as of :func:`~sae_zoo.lm.load.load_lm`. Of a hub model only ``config.json``
+            is read; that of Gemma 2 2B and 9B is known where the hub cannot be reached. Nothing is written.
 
     Raises:
         ValueError: if the dtype is unknown, or no config is within reach or of a causal language model.

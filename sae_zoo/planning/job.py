@@ -196,11 +196,11 @@ class Job:
         return (rows * self.sae.d_sae * rates.encode, 2 * rows * self.sae.d_in * self.sae.d_sae)
 
     def _training(self, machine: Machine, rates: Rates) -> Phase:
-        """The start, ``n_steps`` steps, and looks at the validation rows between them and at the end. Memory: two shards, the batches that are read
-        ahead, and :meth:`SAECost.peak_bytes`; on the host, in one process, the language model, which waits for the
-        evaluation. On the fly it is on every device instead; and for shards, the buffer, the packed tokens and what the
-        language model has read ahead. Its passes are added to the steps: they run beside them, but on the same
-        processors.
+        """The start, ``n_steps`` steps, and looks at the validation rows between them and at the end. Memory: two
+        shards, the batches that are read ahead, and :meth:`SAECost.peak_bytes`; on the host, in one process, the
+        language model, which waits for the evaluation. On the fly it is on every device instead; and for shards, the
+        buffer, the packed tokens and what the language model has read ahead. Its passes are added to the steps: they
+        run beside them, but on the same processors.
         """
         sae, looks = self.sae, self.n_steps // self.validation_every + _CALIBRATION_PASSES * self.calibrated
         encoded = looks * self.n_validation_rows + _START_PASSES * self.n_start_rows

@@ -96,8 +96,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Space that is needed: caches that are missing, with the shard that is twice there; copies of others; the SAEs;
-        and of the job whose are largest the checkpoints, which go when a job is finished.
+        """Space that is needed: caches that are missing, with the shard that is twice there; copies of others; the
+        SAEs; and of the job whose are largest the checkpoints, which go when a job is finished.
         """
         sae = sum(planned.job.sae.parameter_bytes for planned in self.jobs)
         largest = max(planned.job.run_bytes() - planned.job.sae.parameter_bytes for planned in self.jobs)

@@ -61,8 +61,8 @@ class SAECost:
 
     def sparse_flops(self, entries: float, dead_share: float) -> float:
         """Of a step on the active set: 2 B d n for each whole product, 2 d for each other product and entry; for AuxK,
-        with m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a matrix
-        and a vector, as torch counts.
+        with m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a
+        matrix and a vector, as torch counts.
 
         Args:
             entries: active ones a token.

@@ -1,1 +1,3 @@
-"""One job, from its settings to its record: what it is to do, where its activations come from, training, devices, turns."""
+"""One job, from its settings to its record: what it is to do, where its activations come from, training, devices,
+turns.
+"""

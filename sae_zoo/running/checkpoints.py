@@ -51,8 +51,8 @@ def _damage(path: Path) -> str | None:
                 return f"the checksum of {part} is wrong"
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     # What the two make of damage depends on where it is.
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, NotImplementedError, ValueError,
-            KeyError, TypeError, AttributeError) as error:
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, NotImplementedError,
+            ValueError, KeyError, TypeError, AttributeError) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 

@@ -1,5 +1,5 @@
-"""Values of a config: found by name, and held against the annotations of what they are for, so that what is missing or of
-a wrong type is said by the name that it has there."""
+"""Values of a config: found by name, and held against the annotations of what they are for, so that what is missing or
+of a wrong type is said by the name that it has there."""
 
 from __future__ import annotations
 

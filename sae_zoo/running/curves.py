@@ -1,5 +1,5 @@
-"""Training curves: one ``metrics.csv`` that goes on where a resumed run does, so that it holds what an uninterrupted one
-would."""
+"""Training curves: one ``metrics.csv`` that goes on where a resumed run does, so that it holds what an uninterrupted
+one would."""
 
 from __future__ import annotations
 

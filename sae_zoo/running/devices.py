@@ -1,9 +1,9 @@
 """Several devices: a process for each, started from the job's own config, watched, and ended together.
 
 Lightning starts the processes of the other devices by running the command line again, which under ``-m`` is the whole
-sweep (Lightning issue 11300). Here the job's process stays out of the training: it starts ``python -m sae_zoo.running.worker`` once
-for each device of this machine and waits. Where torchrun or SLURM has started a process for each device already, each of
-them runs the job itself.
+sweep (Lightning issue 11300). Here the job's process stays out of the training: it starts
+``python -m sae_zoo.running.worker`` once for each device of this machine and waits. Where torchrun or SLURM has started
+a process for each device already, each of them runs the job itself.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def devices_of(accelerator: str, devices: int | str | Sequence[int]) -> list[int
 
 
 def in_this_process(n_processes: int) -> bool:
-    """Whether a job for ``n_processes`` in all is to run in this process: because it is the only one, or because somebody
-    has started the others too.
+    """Whether a job for ``n_processes`` in all is to run in this process: because it is the only one, or because
+    somebody has started the others too.
 
     Raises:
         ValueError: if somebody has started another number of them.
@@ -160,7 +160,7 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
             bad = sorted((code > 0, rank) for rank, code in enumerate(codes) if code not in (None, 0))
             if bad:
                 failed, since = bad[0][1], time.monotonic()
-        if None not in codes or failed is not None and time.monotonic() - since > _GRACE_SECONDS:
+        if None not in codes or (failed is not None and time.monotonic() - since > _GRACE_SECONDS):
             return failed
         time.sleep(_POLL_SECONDS)
 

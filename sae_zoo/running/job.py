@@ -66,7 +66,8 @@ def _identity(config: Config) -> dict[str, Any]:
         "d_sae": at("d_sae"), "n_steps": n_steps, "batch_size": batch_size,
         "n_tokens": n_steps * batch_size if isinstance(n_steps, int) and isinstance(batch_size, int) else None,
         "config_hash": config_hash(config), "versions": versions(),
-        **{f"sae.{key}": value for key, value in sae.items() if key not in ("name", "variant", "display", "sparsity_coefficient")},
+        **{f"sae.{key}": value for key, value in sae.items()
+           if key not in ("name", "variant", "display", "sparsity_coefficient")},
         **{f"recipe.{key}": value for key, value in recipe.items()},
     }
 
@@ -149,7 +150,8 @@ def run_job(settings: TrainSettings, run_dir: Path) -> dict[str, Any]:
             _run(settings, run_dir, record, leader=leader, at_once=at_once)
             if not leader:
                 return record
-            record |= {"status": FINISHED, "error": None, "seconds": round(place.clock() - started, 1) if at_once else None}
+            record |= {"status": FINISHED, "error": None,
+                       "seconds": round(place.clock() - started, 1) if at_once else None}
         except Exception as error:
             record |= {**_failure(error), "seconds": round(place.clock() - started, 1)}
             raise

@@ -59,7 +59,8 @@ def notes_on(sae: SAE, calibration: Calibration | None, record: dict[str, Any]) 
                      f"{calibration.l0_before:.1f} to {calibration.l0_after:.1f}, FVU {calibration.fvu_before:.4f} to "
                      f"{calibration.fvu_after:.4f} on validation rows)")
     if record["l0_missed"]:
-        notes.append(f"L0 target missed: {record['l0']:.1f} measured on held-out tokens, {record['l0_target']:g} asked for")
+        notes.append(f"L0 target missed: {record['l0']:.1f} measured on held-out tokens, {record['l0_target']:g} asked "
+                     "for")
     if record["fvu"] >= 1:
         notes.append(f"FVU is {record['fvu']:.3f}: the mean of the activations alone would leave 1")
     return notes

@@ -192,7 +192,7 @@ def _remote_of(data: Config, output_dir: Path) -> Folder | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """``lm``, ``corpus`` and ``data=cache`` or ``data=online`` of a config: what caches are made of, and where they are.
+    """Ingredients and place of caches: ``lm``, ``corpus`` and ``data=cache`` or ``data=online`` of a config.
 
     Attributes:
         spec: of what a run trains on.
@@ -287,7 +287,8 @@ class HookSettings:
 
     def __post_init__(self) -> None:
         if self.harvest_together is not None:
-            check_types({"layers": list[int], "sites": list[str]}, self.harvest_together, where="hook.harvest_together.")
+            check_types({"layers": list[int], "sites": list[str]}, self.harvest_together,
+                        where="hook.harvest_together.")
 
     @property
     def along(self) -> Sequence[tuple[int, str]]:
@@ -317,7 +318,8 @@ class SourceSettings:
         Raises:
             ValueError: for whatever is wrong with it.
         """
-        name, max_norm = value_at(config, "data.name"), config["data"].get("max_norm")  # runs of earlier versions have none
+        name = value_at(config, "data.name")
+        max_norm = config["data"].get("max_norm")  # runs of earlier versions have none
         check_types({"max_norm": float | None}, {"max_norm": max_norm}, where="data.")
         if name == "file":
             arguments = checked(FileActivations, without(config["data"], "name", "max_norm"), where="data.")
@@ -362,7 +364,7 @@ class TrainSettings:
         """Those of a ``train.yaml``.
 
         Raises:
-            ValueError: for whatever is wrong with them; what only the activations and the language model can say is left.
+            ValueError: for whatever is wrong with them, but for what only activations and language model can say.
         """
         of_sae, logger = group_at(config, "sae"), group_at(config, "logger")
         variant = variant_class(value_at(config, "sae.variant"))
@@ -373,10 +375,11 @@ class TrainSettings:
         if (name := value_at(config, "logger.name")) not in ("csv", "wandb"):
             raise ValueError(f"logger.name is {name!r}; choose csv or wandb")
         settings = cls(
-            config=config, variant=variant, sae_arguments={**shared, **own}, recipe=recipe_of(group_at(config, "recipe")),
-            source=SourceSettings.of(config),
+            config=config, variant=variant, sae_arguments={**shared, **own},
+            recipe=recipe_of(group_at(config, "recipe")), source=SourceSettings.of(config),
             trainer=TrainerSettings(**checked(TrainerSettings, group_at(config, "trainer"), where="trainer.")),
-            evaluation=EvaluationSettings(**checked(EvaluationSettings, group_at(config, "evaluation"), where="evaluation.")),
+            evaluation=EvaluationSettings(**checked(EvaluationSettings, group_at(config, "evaluation"),
+                                                    where="evaluation.")),
             wandb_project=value_at(config, "logger.project") if logger["name"] == "wandb" else None)
         with torch.device("meta"):
             settings.sae(d_in=1, input_scale=1.0)  # which looks at its values

@@ -47,8 +47,8 @@ def _harvest_caches(settings: CacheSettings, lm: LoadedLM, hooks: list[HookPoint
     ``process`` is the number of this one and how many there are.
     """
     if settings.remote is not None:
-        raise ValueError(f"data.remote.path is {settings.remote}; training opens what lies there, nothing is harvested: "
-                         "leave it out")
+        raise ValueError(f"data.remote.path is {settings.remote}; training opens what lies there, nothing is "
+                         "harvested: leave it out")
     return harvest(lm, settings.lm.name, hooks, settings.corpus(), settings.stored, root=settings.folder,
                    batch_size=settings.lm.batch_size, along=along, process=process, progress_bar=progress_bar)
 

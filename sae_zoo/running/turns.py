@@ -43,8 +43,8 @@ def stream_key(config: Config) -> str:
         raise ValueError("hydra/launcher is one_stream, which trains SAEs; it is for sae_zoo.train alone, leave it out")
     trainer, recipe = config["trainer"], config["recipe"]
     if trainer["devices"] != 1:
-        raise ValueError(f"trainer.devices is {trainer['devices']}; hydra/launcher=one_stream trains on one device, leave "
-                         "one of them out")
+        raise ValueError(f"trainer.devices is {trainer['devices']}; hydra/launcher=one_stream trains on one device, "
+                         "leave one of them out")
     groups = {name: config[name] for name in ("data", "lm", "corpus", "hook")}
     return digest([groups, str(config["output_dir"]), trainer["accelerator"], recipe["batch_size"], recipe["n_steps"],
                    config["seed"]])

@@ -1,4 +1,6 @@
-"""``python -m sae_zoo.running.worker``: a process of a job on several devices, as :mod:`sae_zoo.running.devices` starts it."""
+"""``python -m sae_zoo.running.worker``: a process of a job on several devices, as :mod:`sae_zoo.running.devices` starts
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """What every SAE shares: parameters, input scale, encode and decode, and the training loss on the active set.
 
 One training step, the same for every variant: ``selection`` (which entries are active: one rule for the whole batch) ->
-encoder GEMM -> ``latents`` (what value each takes) -> decode over the active set -> squared error + what the variant adds
--> backward over the active set. A variant gives ``selection``, ``latents``, ``sums`` and ``terms``: its equation and nothing else. Whether a step
-runs on the active set or densely is decided from the density that the step before measured; both give the same
-gradients, and neither holds the pre-activations of more than a chunk of tokens.
+encoder GEMM -> ``latents`` (what value each takes) -> decode over the active set -> squared error + what the variant
+adds -> backward over the active set. A variant gives ``selection``, ``latents``, ``sums`` and ``terms``: its equation
+and nothing else. Whether a step runs on the active set or densely is decided from the density that the step before
+measured; both give the same gradients, and neither holds the pre-activations of more than a chunk of tokens.
 
 Training works in units where E||x||^2 = 1 (``input_scale`` divides raw activations); everything public takes and gives
 raw activations.
@@ -50,8 +50,8 @@ class Counts:
         tokens_of: [d_sae] float32: on how many tokens each latent was above 0.
         excess_of: [d_sae] float32: :meth:`SAE.excess` of each latent, summed over these tokens.
         n_selected: number of pairs in the active set, which the sparse path pays for.
-        squared_error, bounded_error: sums over the tokens of ||x_hat - x||^2 and of ||x_hat - x||, the latter of at most
-            :attr:`Step.error_bound` for each, float64.
+        squared_error, bounded_error: sums over the tokens of ||x_hat - x||^2 and of ||x_hat - x||, the latter of at
+            most :attr:`Step.error_bound` for each, float64.
         n_tokens: tokens.
     """
 
@@ -133,8 +133,8 @@ class SAE(LightningSAE, ABC):
         l0_target: L0 on held-out tokens to train towards.
         sparsity_coefficient: a fixed coefficient of the sparsity term; turns L0 control off.
         initial_coefficient: where L0 control starts.
-        auxk_coefficient: weight of the AuxK loss (:mod:`sae_zoo.functional.auxk`), in which the d_in / 2 largest latents
-            of those that are ``dead`` reconstruct what the others leave.
+        auxk_coefficient: weight of the AuxK loss (:mod:`sae_zoo.functional.auxk`), in which the d_in / 2 largest
+            latents of those that are ``dead`` reconstruct what the others leave.
         seed: of the initial weights.
 
     Raises:
@@ -175,8 +175,8 @@ class SAE(LightningSAE, ABC):
 
     @abstractmethod
     def selection(self, *, training: bool) -> Selection | LargestOfBatch:
-        """Which entries are active or, in ``training``, receive a gradient. Of a training step it is asked once, and what
-        its ``of_batch`` makes of the whole batch is the rule of the step.
+        """Which entries are active or, in ``training``, receive a gradient. Of a training step it is asked once, and
+        what its ``of_batch`` makes of the whole batch is the rule of the step.
         """
 
     def observe(self, selection: Selection) -> None:
@@ -228,8 +228,8 @@ class SAE(LightningSAE, ABC):
 
     @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
-        """Weights by the field's names, with the input scale C and the subtraction of ``b_dec`` folded in: b_enc' = C b_enc
-        - C W_enc b_dec, b_dec' = C b_dec. A variant adds its own.
+        """Weights by the field's names, with the input scale C and the subtraction of ``b_dec`` folded in:
+        b_enc' = C b_enc - C W_enc b_dec, b_dec' = C b_dec. A variant adds its own.
         """
         bias = getattr(self, self.encoder_bias)
         return {"W_enc": self.W_enc, "W_dec": self.W_dec, "b_dec": self.input_scale * self.b_dec,
@@ -272,10 +272,7 @@ class SAE(LightningSAE, ABC):
 
     def decode(self, latents: Tensor | SparseCode) -> Tensor:
         """Raw reconstruction [batch, d_in] of latents in raw units, dense or sparse."""
-        if isinstance(latents, SparseCode):
-            decoded = sparse_decode(latents, self.W_dec)
-        else:
-            decoded = latents @ self.W_dec
+        decoded = sparse_decode(latents, self.W_dec) if isinstance(latents, SparseCode) else latents @ self.W_dec
         return decoded + self.b_dec * self.input_scale
 
     def forward(self, x: Tensor) -> SAEOutput:
@@ -346,7 +343,8 @@ class SAE(LightningSAE, ABC):
         dead = self.dead.nonzero().squeeze(1) if self.auxk_coefficient else ()
         if not len(dead):
             return {}
-        # A latent whose bias is its threshold is dead because its pre-activation is never above 0: without the bias it is.
+        # A latent whose bias is its threshold is dead because its pre-activation is never above 0: without the bias it
+        # is.
         bias = None if self.bias_is_threshold else getattr(self, self.encoder_bias).index_select(0, dead)
         residual = -torch.cat(errors)
         residual *= (self.error_bound / torch.linalg.vector_norm(residual, dim=1, keepdim=True)).clamp_max(1)

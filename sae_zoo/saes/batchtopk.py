@@ -16,11 +16,12 @@ _LEAST_THRESHOLD = 1e-6
 
 
 class BatchTopKSAE(SAE):
-    """f = ReLU(pre_acts) of the ``l0_target`` x batch largest entries of a batch: a token takes as many latents as it needs.
+    """f = ReLU(pre_acts) of the ``l0_target`` x batch largest entries of a batch: a token takes as many latents as it
+    needs.
 
-    Outside training one threshold for all latents takes their place. It is the running mean of the smallest value that a
-    batch has kept; calibration then moves it until L0 on held-out tokens is the target. On several devices, each takes the
-    largest of its own part of the batch.
+    Outside training one threshold for all latents takes their place. It is the running mean of the smallest value that
+    a batch has kept; calibration then moves it until L0 on held-out tokens is the target. On several devices, each
+    takes the largest of its own part of the batch.
 
     Args:
         auxk_coefficient: 1/32, as TopK's.

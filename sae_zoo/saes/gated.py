@@ -14,17 +14,17 @@ FORMS = ("original", "ri_l1")
 
 
 class GatedSAE(SAE):
-    """pi_gate = W_gate (x - b_dec) + b_gate; f = 1[pi_gate > 0] * ReLU(W_mag (x - b_dec) + b_mag), with the rows tied by
-    W_mag[i] = exp(r_mag[i]) * W_gate[i]. ``W_enc`` is W_gate.
+    """pi_gate = W_gate (x - b_dec) + b_gate; f = 1[pi_gate > 0] * ReLU(W_mag (x - b_dec) + b_mag), with the rows tied
+    by W_mag[i] = exp(r_mag[i]) * W_gate[i]. ``W_enc`` is W_gate.
 
     Since the magnitude path is exp(r_mag) * (pi_gate - b_gate) + b_mag, both paths are elementwise on one
-    pre-activation, and share one active set. The loss adds lambda * ||ReLU(pi_gate)||_1 and, with weight 1, the error of
-    a reconstruction from ReLU(pi_gate) through a **frozen** decoder.
+    pre-activation, and share one active set. The loss adds lambda * ||ReLU(pi_gate)||_1 and, with weight 1, the error
+    of a reconstruction from ReLU(pi_gate) through a **frozen** decoder.
 
     Args:
-        form: ``original`` (unit decoder rows) or ``ri_l1`` (sum_i ReLU(pi_gate,i) ||d_i||, free decoder rows, whose norms
-            the penalty takes as they are: trained by it, rows shrink faster than r_mag can make up for in a short run,
-            FVU 0.53 instead of 0.15; the paper does not say).
+        form: ``original`` (unit decoder rows) or ``ri_l1`` (sum_i ReLU(pi_gate,i) ||d_i||, free decoder rows, whose
+            norms the penalty takes as they are: trained by it, rows shrink faster than r_mag can make up for in a short
+            run, FVU 0.53 instead of 0.15; the paper does not say).
     """
 
     variant = "gated"

@@ -33,8 +33,8 @@ log = logging.getLogger(__name__)
 # Weight of the newest batch in the running L0 that control looks at, and of the newest held-out measurement.
 _L0_WEIGHT, _RATIO_WEIGHT = 0.05, 0.5
 _START_CHUNK_ELEMENTS = 1 << 22
-# The most by which calibration moves thresholds, in mean excesses; how near to the target, as a logarithm, it is content; how
-# often it looks; rows encoded at a time.
+# The most by which calibration moves thresholds, in mean excesses; how near to the target, as a logarithm, it is
+# content; how often it looks; rows encoded at a time.
 _LARGEST_SHIFT = 0.5
 _CALIBRATED_WITHIN = 5e-4
 _CALIBRATION_LOOKS = 10
@@ -43,9 +43,9 @@ _CALIBRATION_ROWS = 4096
 _EXCESS_TOKENS = 20.0
 # See LightningSAE.dead_after_tokens.
 _DEAD_AFTER_TOKENS, _DEAD_AFTER_GAPS, _DEAD_AFTER_SHARE = 2500, 50, 0.01
-# What a random direction weighs beside that of a row of data in a latent's start. It tells apart latents that start at the same
-# row, and leaves fewer silent than rows alone, at the same FVU: of TopK's at L0 20, mlp.15 of SmolLM2 0.5 instead of 2.8 %,
-# attention.15 6 instead of 10 %, attention.2 14 instead of 15 % (analysis/LOG.md).
+# What a random direction weighs beside that of a row of data in a latent's start. It tells apart latents that start at
+# the same row, and leaves fewer silent than rows alone, at the same FVU: of TopK's at L0 20, mlp.15 of SmolLM2 0.5
+# instead of 2.8 %, attention.15 6 instead of 10 %, attention.2 14 instead of 15 % (analysis/LOG.md).
 _RANDOM_SHARE = 0.5
 
 
@@ -95,8 +95,8 @@ class LightningSAE(pl.LightningModule):
         if recipe is not None and l0_target is None and sparsity_coefficient is None:
             raise ValueError("l0_target is null and sae.sparsity_coefficient too; give one, to say how sparse to be")
         if recipe is not None and self.has_coefficient and sparsity_coefficient is None and not recipe.l0_control:
-            raise ValueError("recipe.l0_control is false, and sae.sparsity_coefficient is null; give a coefficient, as the "
-                             "paper does, or recipe.l0_control=true to reach an l0_target")
+            raise ValueError("recipe.l0_control is false, and sae.sparsity_coefficient is null; give a coefficient, as "
+                             "the paper does, or recipe.l0_control=true to reach an l0_target")
         self.d_sae, self.recipe = d_sae, recipe
         self.l0_target, self.sparsity_coefficient = l0_target, sparsity_coefficient
         self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
@@ -123,10 +123,11 @@ class LightningSAE(pl.LightningModule):
         """Start from raw activations ``x`` [n, d_in], as far as the recipe says so.
 
         Where ``b_dec`` starts at the mean, the unit of length is the root mean square of ||x - mean||, so that nothing
-        depends on where the origin is. Where directions start at data, as dictionaries do in K-SVD (Aharon et al. 2006),
-        each is that of a row of ``x`` about ``b_dec`` and half as much of a random one. Where thresholds (or biases) start
-        at a quantile, it is the one of the latent's pre-activations that makes it active on :attr:`start_density` of the
-        tokens; the tied encoder is then scaled to the least-squares multiple of its reconstruction, which it overshoots.
+        depends on where the origin is. Where directions start at data, as dictionaries do in K-SVD (Aharon et al.
+        2006), each is that of a row of ``x`` about ``b_dec`` and half as much of a random one. Where thresholds (or
+        biases) start at a quantile, it is the one of the latent's pre-activations that makes it active on
+        :attr:`start_density` of the tokens; the tied encoder is then scaled to the least-squares multiple of its
+        reconstruction, which it overshoots.
         """
         if self.recipe.b_dec_start == "mean":
             mean = x.double().mean(0)
@@ -186,8 +187,8 @@ class LightningSAE(pl.LightningModule):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor) -> Calibration | None:
-        """Raise all thresholds by the same multiple of their mean excess, half of it at most, so that L0 on held-out raw
-        activations ``x`` [n, d_in] is the target. Training ends within a few percent of it; this takes the rest.
+        """Raise all thresholds by the same multiple of their mean excess, half of it at most, so that L0 on held-out
+        raw activations ``x`` [n, d_in] is the target. Training ends within a few percent of it; this takes the rest.
 
         Returns:
             None without L0 control, or a threshold.
@@ -203,7 +204,8 @@ class LightningSAE(pl.LightningModule):
             if abs(error) < _CALIBRATED_WITHIN:
                 break
             low, high = (shift, high) if error > 0 else (low, shift)
-            # An excess divides L0 by about e (see sae_zoo.training.control.threshold_shift); where that leads out, halve.
+            # An excess divides L0 by about e (see sae_zoo.training.control.threshold_shift); where that leads out,
+            # halve.
             guess = shift + error
             shift = guess if low < guess < high else (low + high) / 2
             self.load_state_dict(start)
@@ -253,7 +255,8 @@ class LightningSAE(pl.LightningModule):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, *args, **kwargs) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        optimizer.zero_grad()  # now: Lightning would keep gradients until the next forward pass has taken its memory too
+        # Now: Lightning would keep gradients until the next forward pass has taken its memory too.
+        optimizer.zero_grad()
         self.constrain()
         if self._shift:
             self.raise_thresholds(self._shift * self.mean_excess)
@@ -271,9 +274,9 @@ class LightningSAE(pl.LightningModule):
 
     @property
     def dead_after_tokens(self) -> float:
-        """Tokens of silence after which a latent counts as dead: the recipe's, or, where that is null, 50 times as many as a
-        latent of mean frequency is silent for, but at least 2,500 and a hundredth of the run, and beyond that at most a
-        tenth of it.
+        """Tokens of silence after which a latent counts as dead: the recipe's, or, where that is null, 50 times as many
+        as a latent of mean frequency is silent for, but at least 2,500 and a hundredth of the run, and beyond that at
+        most a tenth of it.
         """
         recipe = self.recipe
         if recipe.dead_after_tokens is not None:
@@ -348,9 +351,9 @@ class LightningSAE(pl.LightningModule):
         """Drive thresholds and coefficient so that the held-out L0 meets its target.
 
         The coefficient follows the mean error of L0, and so comes to where thresholds stay by themselves. Thresholds
-        are raised directly where that is too slow: those that are trained as such while L0 is far off, and any while the
-        rates fall, and with them the hold of the coefficient. Biases are left to the coefficient before that: raised too,
-        they take over what the penalty has to teach (FVU of Gated 0.152 instead of 0.135, analysis/LOG.md).
+        are raised directly where that is too slow: those that are trained as such while L0 is far off, and any while
+        the rates fall, and with them the hold of the coefficient. Biases are left to the coefficient before that:
+        raised too, they take over what the penalty has to teach (FVU of Gated 0.152 instead of 0.135, analysis/LOG.md).
         """
         if not self.controlled:
             return

@@ -13,8 +13,8 @@ from sae_zoo.saes.batchtopk import BatchTopKSAE
 
 
 class MatryoshkaSAE(BatchTopKSAE):
-    """A BatchTopK SAE whose first latents have to reconstruct by themselves too: the loss is the sum, over nested prefixes
-    of the latents and all of them, of ||x - x_hat_m||^2 with x_hat_m = b_dec + sum of f_i d_i over i < m.
+    """A BatchTopK SAE whose first latents have to reconstruct by themselves too: the loss is the sum, over nested
+    prefixes of the latents and all of them, of ||x - x_hat_m||^2 with x_hat_m = b_dec + sum of f_i d_i over i < m.
 
     Args:
         prefixes: of all latents, the shares that the nested prefixes have, rising; all of them come last by themselves.

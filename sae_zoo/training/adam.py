@@ -62,8 +62,8 @@ class Adam(torch.optim.Optimizer):
             gradient's component along a row is removed before the moments see it, and rows have norm 1 after the step
             (Gated SAEs and Gemma Scope, PAPER.md section 2).
         lr, beta1, beta2, eps: Adam's.
-        second_moment: of matrices: of each ``element``, or one for each ``row`` (of contiguous memory). Vectors have one
-            for each element.
+        second_moment: of matrices: of each ``element``, or one for each ``row`` (of contiguous memory). Vectors have
+            one for each element.
     """
 
     def __init__(self, params: Iterable, *, lr: float, beta1: float, beta2: float, eps: float,

@@ -2,8 +2,8 @@
 
 At the optimum every threshold balances reconstruction against the multiplier, so the multiplier has to settle where L0
 meets its target; a fixed large one saturates under Adam, which normalises its size away. The logarithm of the
-multiplier follows the logarithm of L0 over its target (dual ascent with a damping term: PI control in velocity form). It
-works for any variant whose L0 falls when its coefficient rises.
+multiplier follows the logarithm of L0 over its target (dual ascent with a damping term: PI control in velocity form).
+It works for any variant whose L0 falls when its coefficient rises.
 
 Between the multiplier and a JumpReLU's thresholds stands Adam, which moves them at its own pace whatever the gradient's
 size: alone, the multiplier winds up where L0 is far off (d_sae 256, target 40: to 10, and L0 190). There thresholds are
@@ -18,9 +18,9 @@ import math
 LARGEST_ERROR = 0.5
 # Errors of L0, as a logarithm, that the coefficient corrects alone.
 _LEFT_TO_COEFFICIENT = 0.1
-# The largest error that the coefficient of thresholds which are shifted sees. More winds it up while the encoder starts, when
-# L0 multiplies in a few steps; it then presses L0 below the target (FVU on validation rows, built-in residual.3, d_sae
-# 1,024, 1,000 x 512, L0 80: with a half 0.0858, with a fifth 0.0837).
+# The largest error that the coefficient of thresholds which are shifted sees. More winds it up while the encoder
+# starts, when L0 multiplies in a few steps; it then presses L0 below the target (FVU on validation rows, built-in
+# residual.3, d_sae 1,024, 1,000 x 512, L0 80: with a half 0.0858, with a fifth 0.0837).
 LARGEST_BESIDE_SHIFTS = 0.2
 
 
@@ -34,8 +34,8 @@ def l0_error(l0: float, target: float, *, largest: float = LARGEST_ERROR) -> flo
 def threshold_shift(error: float, *, share: float, always: bool) -> float:
     """By how much of its mean excess every threshold is raised in a step.
 
-    Where excesses are exponentially distributed, which they nearly are, raising a threshold by its mean excess divides the
-    latent's frequency by e, so the gain from this to log L0 is minus one for any variant, width and data.
+    Where excesses are exponentially distributed, which they nearly are, raising a threshold by its mean excess divides
+    the latent's frequency by e, so the gain from this to log L0 is minus one for any variant, width and data.
 
     Args:
         error: :func:`l0_error` of this step.

@@ -20,15 +20,16 @@ class Recipe:
         bias_lr: peak learning rate of whatever else is one number a latent: encoder biases, Gated's magnitudes.
         beta1, beta2, adam_eps: Adam's.
         second_moment: of Adam, for matrices: of each ``element``, or one for the ``row`` of a latent.
-        lr_l0: None, or the L0 above which JumpReLU's rates, but that of thresholds, fall in proportion (TopK's above 1.5
-            times it): a step moves the reconstruction by the sum of what it moves each active latent by, and who
+        lr_l0: None, or the L0 above which JumpReLU's rates, but that of thresholds, fall in proportion (TopK's above
+            1.5 times it): a step moves the reconstruction by the sum of what it moves each active latent by, and who
             overshoots below a threshold gets no gradient any more.
         lr_warmup_steps, lr_start_factor, lr_decay_fraction: see :func:`sae_zoo.training.schedules.lr_factor`.
         coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).
-        decoder_start: ``random`` directions (the paper), or ``data``: see :meth:`sae_zoo.saes.lightning.LightningSAE.initialise`.
-        threshold_start: ``fixed`` (the paper: thresholds and biases as the variant's yaml says), or ``quantile``: of each
-            latent's first pre-activations, so that it is active on ``l0_target / d_sae`` of the tokens.
+        decoder_start: ``random`` directions (the paper), or ``data``: see
+            :meth:`sae_zoo.saes.lightning.LightningSAE.initialise`.
+        threshold_start: ``fixed`` (the paper: thresholds and biases as the variant's yaml says), or ``quantile``: of
+            each latent's first pre-activations, so that it is active on ``l0_target / d_sae`` of the tokens.
         l0_control: whether a measured L0 drives thresholds and coefficient; without it variants that have a coefficient
             need an explicit one.
         control_shift: see :func:`sae_zoo.training.control.threshold_shift`.
@@ -71,13 +72,15 @@ class Recipe:
     auxk_full_steps: int | None
 
     def __post_init__(self) -> None:
-        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "free_decoder_lr", "threshold_lr", "bias_lr", "adam_eps"):
+        for name in ("n_steps", "batch_size", "lr", "decoder_lr", "free_decoder_lr", "threshold_lr", "bias_lr",
+                     "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
         for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be between 0 and 1")
-        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_shift", "control_proportional", "control_integral"):
+        for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_shift", "control_proportional",
+                     "control_integral"):
             if getattr(self, name) < 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must not be negative")
         if self.second_moment not in SECOND_MOMENTS:

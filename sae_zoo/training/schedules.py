@@ -8,8 +8,8 @@ import math
 def lr_factor(step: int, *, n_steps: int, warmup_steps: int, start_factor: float, decay_fraction: float) -> float:
     """Share of the peak learning rate at ``step``.
 
-    A cosine from ``start_factor`` to 1 over ``warmup_steps`` (Gemma Scope's recipe: from 0.1 over 1,000), then 1, then a
-    linear fall to 0 over the last ``decay_fraction`` of ``n_steps``.
+    A cosine from ``start_factor`` to 1 over ``warmup_steps`` (Gemma Scope's recipe: from 0.1 over 1,000), then 1, then
+    a linear fall to 0 over the last ``decay_fraction`` of ``n_steps``.
     """
     if step < warmup_steps:
         return start_factor + (1 - start_factor) * 0.5 * (1 - math.cos(math.pi * step / warmup_steps))
@@ -29,11 +29,11 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
 
 
 def auxk_factor(n_steps: int, full_steps: int | None) -> float:
-    """Factor of the AuxK loss in a run of ``n_steps``: 1 from ``full_steps`` on, ``full_steps / n_steps`` in a shorter run, at
-    most 4; 1 where ``full_steps`` is None.
+    """Factor of the AuxK loss in a run of ``n_steps``: 1 from ``full_steps`` on, ``full_steps / n_steps`` in a shorter
+    run, at most 4; 1 where ``full_steps`` is None.
 
-    Adam divides the gradient of a latent that died by what it was while it lived, for about 1 / (1 - beta2) steps: without
-    more weight, most of a short run is over before such a latent has moved. A long run has the time, and there a high
-    weight pulls rare latents, which are silent for a while and then useful, off their features.
+    Adam divides the gradient of a latent that died by what it was while it lived, for about 1 / (1 - beta2) steps:
+    without more weight, most of a short run is over before such a latent has moved. A long run has the time, and there
+    a high weight pulls rare latents, which are silent for a while and then useful, off their features.
     """
     return 1.0 if full_steps is None else max(1.0, min(4.0, full_steps / n_steps))

@@ -5,7 +5,8 @@ from __future__ import annotations
 # A run that loses this share of its latents, beyond the fewest that were ever dead, has collapsed: sound ones lose a
 # twentieth at most (analysis/LOG.md).
 LOST_SHARE = 0.2
-# From one look at the curves to the next, FVU rises by less than this factor, and by less than this much, in a sound run.
+# From one look at the curves to the next, FVU rises by less than this factor, and by less than this much, in a sound
+# run.
 _JUMP_FACTOR, _JUMP = 1.5, 0.1
 
 
@@ -14,7 +15,8 @@ def collapse(*, dead: float, least_dead: float, fvu: float, fvu_before: float) -
 
     Args:
         dead, least_dead: share of dead latents now, and the least so far.
-        fvu, fvu_before: fraction of variance unexplained of two batches, now and some steps ago; NaN where there is none.
+        fvu, fvu_before: fraction of variance unexplained of two batches, now and some steps ago; NaN where there is
+            none.
     """
     if dead - least_dead >= LOST_SHARE:
         return f"{dead:.0%} of the latents are dead, {least_dead:.0%} were before"

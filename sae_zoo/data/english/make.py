@@ -39,7 +39,8 @@ def _documents(source: Source, archive: Path, seen: set[bytes]) -> Iterable[tupl
                 if not is_prose(paragraph):
                     continue
             kept.append(paragraph)
-        # A document of which less than 0.4 is prose is a table, a listing or a copy: what is left does not hang together.
+        # A document of which less than 0.4 is prose is a table, a listing or a copy: what is left does not hang
+        # together.
         text = "\n\n".join(kept)
         prose = sum(len(paragraph) for paragraph in kept if len(paragraph) >= _PARAGRAPH)
         if prose >= max(_DOCUMENT, 0.4 * n_before):
@@ -57,14 +58,15 @@ def corpus_digest(folder: Path) -> str:
 def _sources_page(sizes: dict[str, tuple[int, int]]) -> str:
     rows = "\n".join(f"| {s.name} | {s.what} | {s.licence} | {s.client}: {s.package} {s.version} | `{s.sha256}` | "
                      f"{sizes[s.name][0]} | {sizes[s.name][1]:,} |" for s in SOURCES)
-    return ("# Sources\n\nEnglish prose, one document a file, made by `python -m sae_zoo.english`: markup, code, tables, "
-            "near-empty documents and repeated paragraphs are left out. Licences are those of the sources.\n\n"
+    return ("# Sources\n\nEnglish prose, one document a file, made by `python -m sae_zoo.english`: markup, code, "
+            "tables, near-empty documents and repeated paragraphs are left out. Licences are those of the sources.\n\n"
             "| folder | what | licence | package | SHA-256 of the archive | documents | bytes |\n"
             f"|---|---|---|---|---|---|---|\n{rows}\n")
 
 
 def make_english(folder: Path) -> None:
-    """Make the corpus as ``folder``; of several processes that do, one works and the others wait. Done already: nothing.
+    """Make the corpus as ``folder``; of several processes that do, one works and the others wait. Done already:
+    nothing.
 
     Raises:
         OSError: if a source cannot be fetched, or the folder not written.
@@ -73,7 +75,8 @@ def make_english(folder: Path) -> None:
     with locked(folder.with_name(f".{folder.name}.lock"), f"making {folder}"):
         if folder.is_dir():
             return
-        log.info("making the English corpus in %s: %d packages are fetched, once (some 60 MB, a few minutes)", folder, len(SOURCES))
+        log.info("making the English corpus in %s: %d packages are fetched, once (some 60 MB, a few minutes)", folder,
+                 len(SOURCES))
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         seen: set[bytes] = set()

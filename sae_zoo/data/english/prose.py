@@ -30,8 +30,10 @@ _INLINE = (
     (re.compile(r"\\(\W)"), r"\1"),
 )
 # Words of which every English text is full.
-_COMMON = frozenset("the of and to in a is that for it as was with be by on not he his are this or from at which you have "
-                    "an they can will if when use your all has their but one were we its so".split())
+_COMMON = frozenset((
+    "the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he",
+    "his", "are", "this", "or", "from", "at", "which", "you", "have", "an", "they", "can", "will", "if", "when", "use",
+    "your", "all", "has", "their", "but", "one", "were", "we", "its", "so"))
 
 
 def _indent(line: str) -> int:
@@ -102,7 +104,9 @@ def rst_paragraphs(source: str) -> list[str]:
 def plain_paragraphs(source: str) -> list[str]:
     """The paragraphs of plain text that are divided by empty lines; tags and entities of HTML are taken out."""
     source = html.unescape(re.sub(r"<[^<>]{1,200}>", " ", source))
-    return _paragraphs(source.splitlines()) if "\n\n" in source else [line for line in source.splitlines() if line.strip()]
+    if "\n\n" in source:
+        return _paragraphs(source.splitlines())
+    return [line for line in source.splitlines() if line.strip()]
 
 
 def clean(paragraph: str) -> str:
