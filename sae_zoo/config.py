@@ -86,7 +86,7 @@ _HYDRAS_OWN = ("hydra._internal.core_plugins.", "hydra_plugins.")
 
 
 def _what_it_makes(config: Any) -> Iterator[str]:
-    """Of a YAML file: names of what is to be made, and of folders with more configs."""
+    """Entries of a YAML file that make an object or name a folder with more configs, as ``key: value``."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             if (key == "_target_" and not str(value).startswith(_HYDRAS_OWN)) or (key == "searchpath" and value):

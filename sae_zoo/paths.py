@@ -1,4 +1,4 @@
-"""Where what ships with the package lies."""
+"""Places of the files that ship with the package."""
 
 from __future__ import annotations
 

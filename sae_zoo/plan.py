@@ -107,7 +107,7 @@ class _Planner:
                        rows_per_shard=spec.rows_per_shard, cost=cost, weight_bytes=n_bytes(model), **rows)
 
     def job(self, settings: TrainSettings) -> Job:
-        """What ``settings`` ask for.
+        """The job that ``settings`` ask for.
 
         Raises:
             ValueError: for whatever is wrong with it.
@@ -164,8 +164,9 @@ class _Planner:
                      lm_flop=of_lm, **self.disk)
 
     def copy_bytes(self, settings: TrainSettings, harvest: Harvest) -> tuple[int, int] | None:
-        """Of the copies of a cache that lies elsewhere, if ``settings`` name one: what all of it is, as they describe
-        it, and how much more than now their folder may hold."""
+        """Bytes of the copies of a cache that lies elsewhere, if ``settings`` name one: what all of it is, as they
+        describe it, and how much more than now their folder may hold.
+        """
         remote = settings.source.data.remote
         if not isinstance(remote, RemoteFolder):
             return None
@@ -175,8 +176,8 @@ class _Planner:
         return one.bytes_on_disk(at_peak=False), max(0, copies.max_bytes - now)
 
     def found(self, settings: TrainSettings) -> list[str] | None:
-        """Of the caches of ``settings``, if all are on the disk, as their manifests say, what there is to say of their
-        long rows, a line each; weights have no fingerprint here.
+        """Lines about long rows of the caches of ``settings``, as their manifests say; None unless all are on the disk.
+        Weights have no fingerprint here.
         """
         data = settings.source.data
         if data.remote is not None:
@@ -246,7 +247,7 @@ class _Command:
         return Plan(self._planner.machine, planned, tuple(self.harvest_of), self.here, copies)
 
     def remedies(self, plan: Plan) -> list[str]:
-        """Of each of the plan's shortages, what would fit: an override, or that none would."""
+        """A line for each of the plan's shortages, with what would fit: an override, or that none would."""
         found = []
         for shortage in plan.shortages():
             remedy = self._less_disk(plan) if shortage.phase is None else self._smaller(plan, shortage.phase)
@@ -267,8 +268,9 @@ class _Command:
         return "free some, or choose another output_dir"
 
     def _smaller(self, plan: Plan, phase: str) -> str:
-        """What lets the phase fit, of the first job whose does not: fewer jobs together; or overrides, one alone, or
-        all by as little as fits."""
+        """A remedy for the first job whose phase does not fit: fewer jobs together; or overrides, one alone, or all by
+        as little as fits.
+        """
         settings, short = next((settings, planned) for settings, planned in zip(self.settings, plan.jobs, strict=True)
                                if planned.needs_more(plan.machine, phase))
         if not replace(short, beside=0).needs_more(plan.machine, phase):

@@ -1,4 +1,4 @@
-"""What every process of ours does first, and its memory: the C library is kept from handing large buffers back.
+"""First set-up of every process of ours, and its memory: the C library is kept from handing large buffers back.
 
 glibc serves every buffer above 32 MB by a fresh mmap and gives it back when freed, so a training step that allocates
 its activations anew pays for page faults each time; on a CPU these cost more than the arithmetic. Told not to, it
@@ -16,7 +16,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def prepare_process() -> None:
-    """What every process of ours does first."""
+    """Set up this process, first of all."""
     keep_freed_memory()
     # Lightning's advice and its own use of torch's internals: of no use to somebody who trains an SAE.
     warnings.filterwarnings("ignore", module="pytorch_lightning")

@@ -15,7 +15,7 @@ from sae_zoo.frontier.pareto import interpolate_at
 
 # L0s at which curves are compared, evenly in log L0 over the range that all of them were measured in.
 GRID = 25
-# L0s at which they are compared one by one, for who asks at what sparsity; an end of a curve may be that far from one.
+# Single L0s for the table by sparsity. A curve counts at one if it ends at most 5 % short of it.
 LADDER, NEAR = tuple(5 * 2**k for k in range(9)), 0.05
 # Points of two curves that far apart in L0 are at the same place of them.
 SAME_PLACE = 0.1

@@ -1,4 +1,4 @@
-"""What training and evaluation need of activations, wherever they come from (a cache, a user's file)."""
+"""The interface of activations for training and evaluation, wherever they come from (a cache, a user's file)."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Activations(ABC):
         return self.norms.mean_square(below=self.norm_bound)
 
     def kept_rows(self, split: str, start: int, stop: int) -> Tensor:
-        """Those of :meth:`rows` that are not left out."""
+        """The rows of :meth:`rows` that are not left out."""
         rows = self.rows(split, start, stop)
         return rows[is_within(rows, self.norm_bound)]
 
@@ -117,7 +117,8 @@ class Activations(ABC):
 
     @abstractmethod
     def rows(self, split: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of ``split`` as stored, float32 [stop - start, d_in]; only these are read.
+        """Rows ``start`` to ``stop`` of ``split`` in storage order, converted to float32, [stop - start, d_in]; only
+        these are read.
 
         Raises:
             ValueError: if they are not all there.

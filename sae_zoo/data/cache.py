@@ -56,7 +56,7 @@ def cache_lock(root: Path | str, cache_id: str, *, part: int = 0) -> AbstractCon
 
 
 class Origin(NamedTuple):
-    """Where rows come from, int32 [n] each: ``token_ids[i]`` is ``cache.tokens(split)[sequences[i], positions[i]]``."""
+    """Origins of rows, int32 [n] each: ``token_ids[i]`` is ``cache.tokens(split)[sequences[i], positions[i]]``."""
 
     token_ids: Tensor
     sequences: Tensor

@@ -210,7 +210,7 @@ class CacheWriter:
             self._note()
 
     def finish(self, packed: Mapping[str, PackedTokens], *, progress_bar: bool = False) -> Cache:
-        """When all parts are complete, make the shards, publish the cache and open it. Of several writers the first
+        """Make the shards, publish the cache and open it, when all parts are complete. Of several writers the first
         does so and the others wait for it. Keeps a finished cache that is there already.
 
         Args:
@@ -302,7 +302,7 @@ class CacheWriter:
         return True
 
     def _made_of(self) -> dict[str, Any]:
-        """What a note has to agree in with this writer, beside the name of the cache."""
+        """Facts in which a note has to agree with this writer, beside the name of the cache."""
         return {"splits": self.splits, "d_in": self.d_in, "dtype": self.dtype, "rows_per_shard": self.rows_per_shard,
                 "rows": {split: list(rows) for split, rows in self._part.rows.items()}}
 
@@ -328,7 +328,7 @@ class CacheWriter:
         self._noted = time.monotonic()
 
     def _bucket(self, shard: int, number: int | None = None) -> Path:
-        """Where a part's rows of a shard are; by default this writer's."""
+        """The file of a part's rows of a shard; by default this writer's."""
         return self._part_folder(self._part.number if number is None else number) / f"bucket{shard:05d}"
 
     def _shard_name(self, shard: int) -> str:
@@ -340,7 +340,7 @@ class CacheWriter:
         shard_of = self._shard_of[: self._n_waiting]
         order = np.argsort(shard_of)
         shards, starts = np.unique(shard_of[order], return_index=True)
-        for shard, rows in zip(shards, np.split(order, starts[1:]), strict=False):  # nothing waits: 0 and 1
+        for shard, rows in zip(shards, np.split(order, starts[1:]), strict=False):  # 0 and 1 if nothing waits
             bucket = self._bucket(int(shard))
             try:
                 with open(bucket, "ab") as file:

@@ -42,7 +42,7 @@ def split_of(name: str) -> str:
 
 
 def dealt_to(name: str, of: int) -> int:
-    """Which of ``of`` parts, from 0, the document called ``name`` belongs to, whatever its split and place."""
+    """The part, from 0, of ``of`` that the document called ``name`` belongs to, whatever its split and place."""
     return _hash(f"part {name}") % of
 
 
@@ -66,7 +66,7 @@ class Corpus(ABC):
         """A hex digest of everything that decides the documents."""
 
     def left_out(self) -> str | None:
-        """What of the corpus cannot be read, for people; None if nothing."""
+        """A line for people about what of the corpus cannot be read; None if there is nothing."""
         return None
 
 
@@ -120,7 +120,7 @@ class FileCorpus(Corpus):
         return digest.hexdigest()
 
     def left_out(self) -> str | None:
-        """How many files are not UTF-8, of how many; None if all are."""
+        """A line that says how many files are not UTF-8, of how many; None if all are."""
         if not self.not_utf8:
             return None
         return f"{len(self.not_utf8)} of {len(self.files)} files are not UTF-8"

@@ -1,4 +1,4 @@
-"""A cache, or the parts of one, that lies finished at a stated place, in the stead of one that would be harvested."""
+"""Open an existing cache (or all of its parts) at a given path instead of harvesting one."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from sae_zoo.data.shards import LocalFile, StoredFile, StoredTensor, stored_tens
 
 
 class Found(NamedTuple):
-    """What a look at a file showed: its size, and its tensors by name; None if it is not a safetensors file."""
+    """Result of a look at a file: its size, and its tensors by name; None if it is not a safetensors file."""
 
     n_bytes: int
     tensors: dict[str, StoredTensor] | None
@@ -34,10 +34,10 @@ class Folder(Protocol):
         """The content of a small file; None if there is none."""
 
     def folders(self) -> Sequence[Folder]:
-        """Those directly in it, by name; none if it is not there itself."""
+        """The folders directly in it, by name; none if it is not there itself."""
 
     def look(self, entries: Sequence[Mapping[str, Any]]) -> Iterator[Found | None]:
-        """What is there of each of some file entries of a manifest, in order; None where there is no such file."""
+        """A look at the file of each of some file entries of a manifest, in order; None where there is no such file."""
 
     def file(self, entry: Mapping[str, Any]) -> StoredFile:
         """The file of a file entry."""

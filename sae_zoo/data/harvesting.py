@@ -1,4 +1,4 @@
-"""From a language model and a corpus to activation caches: one forward pass for all hook points, stopped at the last.
+"""Make activation caches from a language model and a corpus: one forward pass for all hook points, stopped at the last.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HASHED_UP_TO_BYTES = 4_000_000_000  # a few seconds of reading
 
 @dataclass(frozen=True, kw_only=True)
 class HarvestSpec:
-    """What a cache is made of, beside the language model and the corpus.
+    """Settings of a cache, beside the language model and the corpus.
 
     Attributes:
         context_size: tokens a row that the language model reads, BOS included.
@@ -179,7 +179,7 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
 
 
 def _too_few_documents(corpus: Corpus, spec: HarvestSpec) -> ValueError | None:
-    """What is wrong with a corpus of which a split is empty; None where it is not the number of documents."""
+    """The error for a corpus of which a split is empty; None where it is not the number of documents."""
     n = {split: sum(1 for _ in corpus.documents(split)) for split in SPLITS}
     found, left_out = sum(n.values()), corpus.left_out()
     if not found:

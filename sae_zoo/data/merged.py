@@ -60,7 +60,7 @@ class Blend:
         return self.windows[0].dtype
 
     def read_permuted(self, out: Tensor, order: np.ndarray) -> None:
-        """As of a :class:`~sae_zoo.data.shards.StoredTensor`."""
+        """See :meth:`sae_zoo.data.shards.StoredTensor.read_permuted`."""
         places = np.split(inverse(order), np.cumsum([window.shape[0] for window in self.windows])[:-1])
         for window, place in zip(self.windows, places, strict=True):
             window.read_to(out, place)
@@ -117,7 +117,7 @@ class MergedCache(Cache):
             part.verify_hashes()
 
     def _parts(self, split: str) -> Sequence[Cache]:
-        """Those that the rows of ``split`` are in."""
+        """The parts that hold rows of ``split``."""
         return self.parts if split == "train" else self.parts[:1]
 
     def _read(self, split: str, name: str, start: int, stop: int) -> Tensor:
@@ -185,7 +185,7 @@ def _in_order(folder: Folder, found: Sequence[Cache]) -> list[Cache]:
 
 
 def _shared(part: Cache) -> dict[str, Any]:
-    """What is the same in all parts of a cache."""
+    """Facts that are the same in all parts of a cache."""
     identity = {**part.manifest["identity"]}
     _, of = identity.pop("part")
     return {**identity, "parts": of, **{key: part.manifest[key] for key in _SHARED}}

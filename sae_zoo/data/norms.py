@@ -1,4 +1,4 @@
-"""How long rows are: a histogram of their norms, and which of them are too long to train on.
+"""Lengths of rows: a histogram of their norms, and which of them are too long to train on.
 
 Many language models have rows whose norm is ten to a hundred times that of the others, at the first positions or at one
 frequent token, and they are no special tokens. A few hold most of the variance: an SAE that is fitted to them has
@@ -39,7 +39,7 @@ class Norms:
 
     @classmethod
     def of(cls, rows: Tensor) -> Norms:
-        """Of ``rows`` [n, d_in]."""
+        """The histogram of ``rows`` [n, d_in]."""
         norms = cls()
         norms.add(squared_norms(rows))
         return norms
@@ -78,7 +78,9 @@ class Norms:
 
     @property
     def median(self) -> float:
-        """Of the rows that are not 0, if there are any: where more than half are, nothing is long beside the median."""
+        """Median norm of the rows that are not 0, if there are any: where more than half are, nothing is long beside
+        the median.
+        """
         longer = {i: (n, total) for i, (n, total) in self.bins.items() if total > 0}
         return Norms(longer or self.bins).quantile(0.5)
 

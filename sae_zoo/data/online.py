@@ -168,7 +168,7 @@ class ShuffleBuffer:
         self._next = draw
 
     def _content(self, draw: int) -> np.ndarray:
-        """Which row of the text is in each slot just before ``draw``, int64 [n_slots]."""
+        """The row of the text that is in each slot just before ``draw``, int64 [n_slots]."""
         content = np.full(self._n_slots, -1)
         while draw > 0 and (content < 0).any():
             first = max(0, draw - self._n_slots)
@@ -253,8 +253,8 @@ class OnlineActivations(Cache):
 
     def batches(self, split: str, batch_size: int, *, n_batches: int, seed: int, start: int = 0, rank: int = 0,
                 world_size: int = 1) -> Batches:
-        """As of any activations; but of several processes each reads its own share of the text, so that no sequence
-        goes through the language model twice. A batch then depends on how many they are.
+        """Batches as of any activations; but of several processes each reads its own share of the text, so that no
+        sequence goes through the language model twice. A batch then depends on how many they are.
         """
         checked = super().batches(split, batch_size, n_batches=n_batches, seed=seed, start=start, rank=rank,
                                   world_size=world_size)

@@ -1,4 +1,4 @@
-"""Who reads which part of the text when several processes make a cache together, and where each keeps its rows."""
+"""Parts of the text for the processes that make a cache together, and the folders where each keeps its rows."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _WAIT_SECONDS = 0.2  # between two looks at what the first of several processes 
 
 
 def partial_folder(root: Path | str, cache_id: str) -> Path:
-    """Where a cache is built before it is published."""
+    """The folder where a cache is built before it is published."""
     return Path(root) / f".{cache_id}.partial"
 
 
 def part_folder(root: Path | str, cache_id: str, number: int, of: int) -> Path:
-    """Where a writer keeps its rows until all parts are complete."""
+    """The folder where a writer keeps its rows until all parts are complete."""
     return partial_folder(root, cache_id) / f"part{number}of{of}"
 
 
 class Part(NamedTuple):
-    """What one of several writers of a cache appends.
+    """The rows that one of several writers of a cache appends.
 
     Attributes:
         number, of: which part this is, from 0, and how many there are.
@@ -40,13 +40,14 @@ class Part(NamedTuple):
 
 
 def wait_for_first(root: Path, cache_id: str, of: int) -> None:
-    """Until the first of ``of`` processes has begun a cache, or it is there."""
+    """Wait until the first of ``of`` processes has begun a cache, or it is there."""
     while not (root / cache_id / MANIFEST).exists() and not part_folder(root, cache_id, 0, of).exists():
         time.sleep(_WAIT_SECONDS)
 
 
 def part_of(packed: Mapping[str, PackedTokens], batch_size: int, number: int, of: int) -> Part:
-    """What process ``number`` reads: the batches of one process, as evenly as they can be dealt out in blocks."""
+    """The part that process ``number`` reads: the batches of one process, as evenly as they can be dealt out in blocks.
+    """
     sequences, rows = {}, {}
     for split, text in packed.items():
         n_batches = math.ceil(len(text.tokens) / batch_size)

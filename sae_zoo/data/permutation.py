@@ -93,7 +93,7 @@ class Permutation:
         self._keys = _keys(seed, _N_ROUNDS)
 
     def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Where each of ``indices`` (integers in ``[0, n)``, any shape) goes: int64 of the same shape.
+        """The places that ``indices`` (integers in ``[0, n)``, any shape) go to: int64 of the same shape.
 
         Raises:
             ValueError: if an index is outside ``[0, n)``.

@@ -24,7 +24,7 @@ def is_url(place: str) -> bool:
 
 @contextmanager
 def _reaching(what: str) -> Iterator[None]:
-    """Whatever a file system raises, in one line; each has errors of its own, which share no base class."""
+    """Turn whatever a file system raises into one line; each has errors of its own, which share no base class."""
     try:
         yield
     except ImportError as error:

@@ -48,7 +48,7 @@ class LocalFile:
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in a safetensors file: ``offset`` in bytes from the file's start; dtype None if not ours."""
+    """Place of a tensor in a safetensors file: ``offset`` in bytes from the file's start; dtype None if not ours."""
 
     file: StoredFile
     dtype: torch.dtype | None

@@ -1,1 +1,1 @@
-"""What a trained SAE is worth on held-out documents: reconstruction, the language model's loss, its latents."""
+"""Scores of a trained SAE on held-out documents: reconstruction, the language model's loss, its latents."""

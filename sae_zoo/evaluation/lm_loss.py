@@ -1,4 +1,4 @@
-"""What a reconstruction costs the language model: its loss with the reconstruction spliced in."""
+"""Cost of a reconstruction to the language model: its loss with the reconstruction spliced in."""
 
 from __future__ import annotations
 

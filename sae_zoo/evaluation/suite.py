@@ -80,8 +80,7 @@ class HeldOutRows:
                              "data.max_norm, or leave it null")
 
     def left_out(self) -> dict[str, float]:
-        """Of the rows that the last iteration went over: the share of them that was left out, and the share of their
-        variance that goes with it.
+        """Share of the rows of the last iteration that was left out, and the share of their variance that goes with it.
         """
         if not self._all.n_rows:
             return {"left_out_of_test": 0.0, "left_out_variance": 0.0}
@@ -128,7 +127,7 @@ def score_reconstruction(reconstruct: Callable[[Tensor], Tensor], rows: Iterable
 
 def _once(what: str, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int], batch_size: int,
           measure: Callable[[], T]) -> T:
-    """What ``measure`` gave when it was last asked for ``what`` at the same place."""
+    """The result of ``measure``, kept from when it was last asked for ``what`` at the same place."""
     place = (lm.fingerprint, lm.model.dtype, lm.model.device, hook, tuple(special_ids), batch_size, tokens.shape,
              hashlib.sha256(tokens.cpu().numpy().tobytes()).digest())
     if what not in _of_lm or _of_lm[what][0] != place:
@@ -137,7 +136,7 @@ def _once(what: str, lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids:
 
 
 def _passes(lm: LoadedLM, hook: HookPoint, tokens: Tensor, special_ids: Iterable[int], batch_size: int) -> FromLayer:
-    """Of ``lm``; what its layers below ``hook`` make of ``tokens`` is shared by all runs at a place."""
+    """Forward passes of ``lm``; what its layers below ``hook`` make of ``tokens`` is shared by all runs at a place."""
     return FromLayer(lm.model, hook, _once("streams", lm, hook, tokens, special_ids, batch_size, Streams))
 
 

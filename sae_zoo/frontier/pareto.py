@@ -16,7 +16,7 @@ import numpy as np
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[bool]:
-    """Which points no other point beats.
+    """Mark the points that no other point beats.
 
     A point is beaten by another that is at least as low in both coordinates and lower in one. Of points with equal L0
     only those of lowest loss are on the front, and the other way round; copies of a point on the front all are.
@@ -130,7 +130,7 @@ class SeedGroup:
 
     @property
     def setting(self) -> tuple[float | None, float | None]:
-        """What decides the sparsity: (L0 target, explicit coefficient)."""
+        """The pair that decides the sparsity: (L0 target, explicit coefficient)."""
         return _setting(self.runs[0])
 
     def mean(self, key: str) -> float | None:

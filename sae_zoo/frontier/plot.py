@@ -38,7 +38,7 @@ _CSV_COLUMNS = (
 
 @dataclass(frozen=True)
 class FrontierResult:
-    """What :func:`draw_frontier` made.
+    """Result of :func:`draw_frontier`.
 
     Attributes:
         runs: one row a run, failed ones included; what ``csv`` holds.

@@ -49,7 +49,7 @@ def format_table(groups: Iterable[SeedGroup]) -> str:
 
 
 def notes(finished: Sequence[Record], groups: Sequence[SeedGroup]) -> list[str]:
-    """What a reader of the table must know besides its numbers, a line each."""
+    """Notes that a reader of the table must know besides its numbers, a line each."""
     found = []
     missed = [f"{run_name(r)} (L0 {_number(r.get('l0'), '.1f')} for {_number(r.get('l0_target'), 'g')})"
               for r in finished if r.get("l0_missed")]

@@ -1,4 +1,4 @@
-"""What torch is slow at on a CPU, compiled by numba: picking the active entries, the products on them, and Adam.
+"""Kernels for a CPU, compiled by numba, where torch is slow: picking active entries, products on them, and Adam.
 
 Each function splits its rows over as many threads as torch uses; a row is computed by one thread alone, so results do
 not depend on how many there are. All tensors are float32 or float64 and on the CPU; latents,
@@ -208,8 +208,8 @@ def _select_largest_of_buckets(start, stop, product, bias, k, n_buckets, ids, va
 
 
 def select_largest_of_buckets(product: Tensor, bias: Tensor, k: int, n_buckets: int) -> tuple[Tensor, Tensor]:
-    """As :func:`select_largest`, of the largest entry of each of ``n_buckets`` residue classes of columns alone
-    (:mod:`sae_zoo.functional.bucketed_topk`).
+    """Select the largest entries as :func:`select_largest` does, but of the largest entry of each of ``n_buckets``
+    residue classes of columns alone (:mod:`sae_zoo.functional.bucketed_topk`).
     """
     rows = len(product)
     ids, values = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, k, dtype=_sum_type(product))

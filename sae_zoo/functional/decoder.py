@@ -1,4 +1,4 @@
-"""What stands at the decoder's end: unit rows, and the squared error of a reconstruction."""
+"""The decoder's end: unit rows, and the squared error of a reconstruction."""
 
 from __future__ import annotations
 

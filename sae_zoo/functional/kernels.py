@@ -1,4 +1,4 @@
-"""Where the sparse step runs: numba on a CPU, Triton on a CUDA device, by the device of the tensors alone."""
+"""Kernels of the sparse step: numba on a CPU, Triton on a CUDA device, by the device of the tensors alone."""
 
 from __future__ import annotations
 

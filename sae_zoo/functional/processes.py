@@ -1,4 +1,5 @@
-"""What the processes of distributed training have to agree on, beside the gradients that are averaged over them."""
+"""Values that the processes of distributed training have to agree on, beside the gradients that are averaged over them.
+"""
 
 from __future__ import annotations
 

@@ -125,11 +125,11 @@ class LargestOfBatch:
 
 
 def _row_after_row(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What :meth:`Selection.select` returns, from k columns and values a row, [rows, k] each."""
+    """The result of :meth:`Selection.select`, from k columns and values a row, [rows, k] each."""
     rows, k = ids.shape
     return torch.full((rows,), k, dtype=torch.int64, device=ids.device), ids.reshape(-1), values.reshape(-1)
 
 
 def _mask_of(ids: Tensor, pre_acts: Tensor) -> Tensor:
-    """What :meth:`Selection.mask` returns, from columns [rows, k]."""
+    """The result of :meth:`Selection.mask`, from columns [rows, k]."""
     return torch.zeros_like(pre_acts, dtype=torch.bool).scatter_(1, ids, True)

@@ -25,7 +25,7 @@ from sae_zoo.functional.precision import operand
 
 @dataclass(frozen=True, eq=False)
 class ActiveSet:
-    """Which latents are active on which tokens of a batch.
+    """The (token, latent) pairs of a batch that are active.
 
     Attributes:
         row_offsets: [batch + 1] int64; the entries of token b are ``row_offsets[b]:row_offsets[b + 1]``.

@@ -220,7 +220,7 @@ def _keys(values):
 
 @triton.jit
 def _compact(keys, there, threshold, max_ties, n_above, n_ties):
-    """Which keys to keep (all above the threshold, and the first ``max_ties`` that equal it) and their places in the
+    """The keys to keep (all above the threshold, and the first ``max_ties`` that equal it) and their places in the
     row's output, given how many were above and equal in earlier blocks of the row; and these counts, updated.
     """
     above, tie = there & (keys > threshold), there & (keys == threshold)

@@ -45,7 +45,7 @@ def one_layer(config: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 @torch.no_grad()
 def tokens_per_second(config: Any, dtype: torch.dtype) -> float:
-    """Of a whole model of ``config`` on this machine's CPU, but for its vocabulary: from one layer, its weights
+    """Speed of a whole model of ``config`` on this machine's CPU, but for its vocabulary: from one layer, its weights
     constant.
     """
     layer = one_layer(config, dtype).to_empty(device="cpu")

@@ -153,7 +153,7 @@ class LanguageModelPretraining(pl.LightningModule):
 
 
 class Float32(TorchFunctionMode):
-    """Within it ``Tensor.bfloat16()`` gives a float32 copy.
+    """A context in which ``Tensor.bfloat16()`` gives a float32 copy.
 
     Muon orthogonalises by matrix products in bfloat16, which a processor without instructions for it (AVX2 alone) works
     out one by one: 2.9 s a step for four layers of width 192, 0.09 s in float32.

@@ -41,7 +41,7 @@ def stream_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 @dataclass
 class Streams:
-    """What the layers below a hook point made of rows of tokens.
+    """Streams that the layers below a hook point made of rows of tokens.
 
     Attributes:
         room: bytes that may still be kept.
@@ -117,7 +117,7 @@ class FromLayer:
 
 @contextmanager
 def _replaced(layers: list[nn.Module], output: Callable[[], Any]) -> Iterator[None]:
-    """Within this context each of ``layers`` does nothing but return ``output()``, in the thread that asks."""
+    """Replace each of ``layers`` within this context: it only returns ``output()``, in the thread that asks."""
     thread = threading.get_ident()
 
     def instead(forward: Callable) -> Callable:

@@ -1,4 +1,4 @@
-"""Which positions of packed token rows are data: one rule for harvest, training on the fly and evaluation."""
+"""The positions of packed token rows that are data: one rule for harvest, training on the fly and evaluation."""
 
 from __future__ import annotations
 

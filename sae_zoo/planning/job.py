@@ -66,14 +66,14 @@ class Harvest:
         return sum(self.n_tokens.values()) / ((self.context_size - 1) * self.batch_size)
 
     def bytes_on_disk(self, *, at_peak: bool) -> int:
-        """Of all caches, finished, or with the one shard that is there twice while they are made."""
+        """Bytes of all caches, finished, or with the one shard that is there twice while they are made."""
         shard = self.rows_per_shard if at_peak else 0
         return sum(estimated_bytes(self.n_tokens, d_in=d_in, dtype=self.dtype, rows_per_shard=shard)
                    for d_in in self.widths)
 
     @property
     def activation_bytes(self) -> int:
-        """Of the activations alone: tokens x width x bytes a number."""
+        """Bytes of the activations alone: tokens x width x bytes a number."""
         return sum(self.n_tokens.values()) * sum(self.widths) * DTYPES[self.dtype].itemsize
 
     def of_at_most(self, n_train: int) -> Harvest:
@@ -82,7 +82,7 @@ class Harvest:
 
     @property
     def shard_bytes(self) -> int:
-        """Of the activations of a shard of the widest cache."""
+        """Bytes of the activations in a shard of the widest cache."""
         return min(self.rows_per_shard, max(self.n_tokens.values())) * max(self.widths) * DTYPES[self.dtype].itemsize
 
 
@@ -107,7 +107,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Job:
-    """What a job is made of, as its config says.
+    """The work of a job, as its config says.
 
     Attributes:
         name: for people.

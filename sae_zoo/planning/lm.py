@@ -1,4 +1,4 @@
-"""What the language model costs a run: forward passes for the harvest, and for the metrics of the evaluation."""
+"""Cost of the language model to a run: forward passes for the harvest, and for the metrics of the evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sae_zoo.planning.meter import Cost, Meter
 
 @dataclass(frozen=True)
 class LMCost:
-    """Of one batch of rows of tokens, at one hook point.
+    """Costs of one batch of rows of tokens, at one hook point.
 
     Attributes:
         weight_bytes: memory of the model.
@@ -79,7 +79,7 @@ def hook_widths(model: PreTrainedModel, hooks: Sequence[HookPoint]) -> list[int]
 
 
 def harvest_cost(model: PreTrainedModel, hooks: Sequence[HookPoint], *, batch_size: int, context_size: int) -> Cost:
-    """Of the pass that captures all ``hooks``, which stops at the last."""
+    """Cost of the pass that captures all ``hooks``, which stops at the last."""
     with Meter() as meter:
         capture(model, hooks, torch.zeros(batch_size, context_size, dtype=torch.int32))
         return meter.so_far()

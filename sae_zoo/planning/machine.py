@@ -1,4 +1,4 @@
-"""What this machine has, and how fast it is: a few seconds of real work at small size."""
+"""Memory, disk and speed of this machine, its speed by a few seconds of real work at small size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is, in bytes.
+    """Memory and disk of a machine, in bytes.
 
     Attributes:
         host_bytes: memory, or what a container may have of it.

@@ -1,4 +1,4 @@
-"""What real code would cost, found by running it on tensors that have shapes and no memory.
+"""Cost of real code, found by running it on tensors that have shapes and no memory.
 
 Modules are on the meta device or made inside, other inputs become fake: every operation is seen, none is carried out.
 So the figures are those of the code that will run, whatever the architecture, and need no formula of ours.
@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some work.
+    """Cost of some work.
 
     Attributes:
         flops: of matrix products, a multiplication and an addition counting as two (torch's FlopCounterMode).
@@ -46,7 +46,7 @@ class Meter:
         self._stack.__exit__(*error)
 
     def so_far(self) -> Cost:
-        """What was seen since the context was entered."""
+        """Cost of the work since the context was entered."""
         return Cost(self._flops.get_total_flops(), self._live.peak)
 
 

@@ -60,7 +60,7 @@ class Shortage:
 
 
 def shortages_of(phase: Phase, machine: Machine) -> list[Shortage]:
-    """Where a phase needs more memory than there is."""
+    """The places where a phase needs more memory than there is."""
     places = [("memory", phase.host_bytes, machine.host_bytes)]
     if machine.device_bytes is not None:
         places.append(("device memory", phase.device_bytes, machine.device_bytes))
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def harvests(self) -> dict[str, Harvest]:
-        """Of all jobs, each once."""
+        """Harvests of all jobs, each once, by what decides its caches."""
         return {key: planned.job.harvest for planned, key in zip(self.jobs, self.harvest_of, strict=True) if key}
 
     @property
@@ -111,7 +111,9 @@ class Plan:
                                      for harvest, of_fewer in zip(self.missing, fewer, strict=True))
 
     def phases(self) -> dict[str, Phase]:
-        """By name: time and FLOPs summed over the jobs, each harvest counted once; the largest memory of any job."""
+        """Phases by name: time and FLOPs summed over the jobs, each harvest counted once; the largest memory of any
+        job.
+        """
         total: dict[str, Phase] = {}
         done = set(self.here)
         for planned, key in zip(self.jobs, self.harvest_of, strict=True):
@@ -127,7 +129,7 @@ class Plan:
         return total
 
     def shortages(self) -> list[Shortage]:
-        """What does not fit: the disk first."""
+        """All that does not fit: the disk first."""
         found = []
         if self.disk_bytes > (free := self.machine.free_disk_bytes):
             found.append(Shortage(None, f"{size(self.disk_bytes)} of disk are needed, {size(free)} are free"))

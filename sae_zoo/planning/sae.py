@@ -1,4 +1,4 @@
-"""What training an SAE costs, a step and in memory."""
+"""Costs of training an SAE: FLOPs of a step, and memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ROWS = 64
 
 @dataclass(frozen=True)
 class SAECost:
-    """Of training an SAE on batches of ``batch`` rows on one device.
+    """Costs of training an SAE on batches of ``batch`` rows on one device.
 
     Attributes:
         n_parameters: trained numbers.
@@ -60,8 +60,8 @@ class SAECost:
         return 2 * self.parameter_bytes + self.state_bytes
 
     def sparse_flops(self, entries: float, dead_share: float) -> float:
-        """Of a step on the active set: 2 B d n for each whole product, 2 d for each other product and entry; for AuxK,
-        with m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a
+        """FLOPs of a step on the active set: 2 B d n for each whole product, 2 d for each other product and entry; for
+        AuxK, with m dead latents, 14 B d m: two products forward, done twice, and three backward. Without products of a
         matrix and a vector, as torch counts.
 
         Args:
@@ -142,7 +142,8 @@ def _is_of_rows(sae: SAE) -> bool:
 
 
 class _OneLook:
-    """In place of a selection of the whole batch, whose choice would depend on values: its one look, and any rule."""
+    """A stand-in for a selection of the whole batch, whose choice would depend on values: its one look, and any rule.
+    """
 
     def of_batch(self, products: Callable[[], Iterable[torch.Tensor]], bias: torch.Tensor, n_rows: int) -> Selection:
         for _ in products():

@@ -44,7 +44,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, on one line; None if it is whole."""
+    """The damage of a checkpoint, on one line; None if it is whole."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes a CRC-32 for each part of it, but does not look at them
             if (part := archive.testzip()) is not None:

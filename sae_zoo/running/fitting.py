@@ -76,7 +76,7 @@ def fit(settings: TrainSettings, source: Source, run_dir: Path, *,
 
 
 def _long_rows(activations: Activations) -> str | None:
-    """What a collapse would likely come from, if there are rows that are long and not left out."""
+    """The likely cause of a collapse, if there are rows that are long and not left out."""
     norms, bound = activations.norms, activations.norms.bound(TOLD_ABOVE)
     if bound >= activations.norm_bound or not norms.above(bound):
         return None

@@ -55,7 +55,7 @@ def read_config(run_dir: Path) -> dict[str, Any]:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-    """What a record says of a run before anything was measured."""
+    """The part of a record that says what a run is, before anything was measured."""
     at = partial(value_at, config)
     sae, recipe, with_lm = at("sae"), at("recipe"), at("data.name") != "file"
     n_steps, batch_size = at("recipe.n_steps"), at("recipe.batch_size")
@@ -125,7 +125,7 @@ def run_on_devices(config: Config, run_dir: Path, *, logging_config: Mapping[str
 
 
 def _failure(error: Exception) -> dict[str, str]:
-    """What a record says of the error that is being handled."""
+    """The part of a record that tells the error that is being handled."""
     return {"error": one_line(error), "traceback": traceback.format_exc()}
 
 

@@ -1,4 +1,4 @@
-"""What a trained SAE of a run is worth on held-out rows, and what somebody who reads the result must know."""
+"""Scores of the trained SAE of a run on held-out rows, and notes that somebody who reads the result must know."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def l0_missed(settings: TrainSettings, l0: float) -> bool | None:
 
 
 def notes_on(sae: SAE, calibration: Calibration | None, record: dict[str, Any]) -> list[str]:
-    """What is to be known of the run of ``record``, in words."""
+    """Notes on the run of ``record``, in words."""
     # One that was said while it trained may be over: ReLU and JumpReLU recover from some.
     notes = [f"{note}; at the end {record['dead_fraction']:.1%} of the latents are silent, FVU is {record['fvu']:.3f}"
              for note in sae.notes]

@@ -1,4 +1,4 @@
-"""What a ``train.yaml`` or ``harvest.yaml`` asks for: its values, checked once, and what is made of them.
+"""Settings of a ``train.yaml`` or ``harvest.yaml``: its values, checked once, and what is made of them.
 
 A config is a mapping of plain values, every reference in it resolved. What is wrong with it is said in one line by the
 name that it has there. Nothing is read or downloaded before it is asked for.
@@ -89,12 +89,12 @@ class TrainerSettings:
 
     @property
     def local_devices(self) -> list[int]:
-        """By number; see :func:`~sae_zoo.running.devices.devices_of`."""
+        """Devices of this machine, by number; see :func:`~sae_zoo.running.devices.devices_of`."""
         return devices_of(self.accelerator, self.devices)
 
     @property
     def n_processes(self) -> int:
-        """Of all machines."""
+        """Number of processes on all machines."""
         return len(self.local_devices) * self.num_nodes
 
 
@@ -150,7 +150,7 @@ class LMSettings:
         return loaded
 
     def skeleton(self, device: torch.device) -> PreTrainedModel:
-        """What :meth:`load` would load, without its weights; errors as there."""
+        """The model that :meth:`load` would load, without its weights; errors as there."""
         model = load_skeleton(self.path, revision=self.revision, dtype=self.dtype, device=device, made=self.made)
         check_context_size(model.config, self.context_size)
         return model
@@ -210,7 +210,7 @@ class CacheSettings:
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Those of a ``train.yaml`` or ``harvest.yaml``.
+        """Settings from a ``train.yaml`` or ``harvest.yaml``.
 
         Raises:
             ValueError: for whatever is wrong with them.
@@ -230,12 +230,12 @@ class CacheSettings:
 
     @property
     def folder(self) -> Path:
-        """Where caches are made."""
+        """The folder where caches are made."""
         return self.output_dir / "cache"
 
     @property
     def stored(self) -> HarvestSpec:
-        """Of the caches: where training rows are not stored, with one token of them, the least."""
+        """The spec of the caches: where training rows are not stored, with one token of them, the least."""
         if self.buffer_rows is None:
             return self.spec
         return replace(self.spec, n_tokens={**self.spec.n_tokens, "train": 1})
@@ -258,7 +258,7 @@ class HarvestSettings:
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Those of a ``harvest.yaml``.
+        """Settings from a ``harvest.yaml``.
 
         Raises:
             ValueError: for whatever is wrong with them.
@@ -268,7 +268,7 @@ class HarvestSettings:
 
     @property
     def local_devices(self) -> list[int]:
-        """By number; see :func:`~sae_zoo.running.devices.devices_of`."""
+        """Devices of this machine, by number; see :func:`~sae_zoo.running.devices.devices_of`."""
         return devices_of(self.accelerator, self.devices)
 
 
@@ -299,7 +299,7 @@ class HookSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSettings:
-    """Where a run's activations come from.
+    """The source of a run's activations.
 
     Attributes:
         data: a language model's, by way of caches; or of :class:`FileActivations` the arguments.
@@ -313,7 +313,7 @@ class SourceSettings:
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """That of a ``train.yaml``.
+        """The source in a ``train.yaml``.
 
         Raises:
             ValueError: for whatever is wrong with it.
@@ -361,7 +361,7 @@ class TrainSettings:
 
     @classmethod
     def of(cls, config: Config) -> Self:
-        """Those of a ``train.yaml``.
+        """Settings from a ``train.yaml``.
 
         Raises:
             ValueError: for whatever is wrong with them, but for what only activations and language model can say.
@@ -387,7 +387,7 @@ class TrainSettings:
 
     @property
     def seed(self) -> int:
-        """Of the initial weights and the order of the data."""
+        """Seed of the initial weights and the order of the data."""
         return self.sae_arguments["seed"]
 
     @property

@@ -1,4 +1,4 @@
-"""Where a run's activations come from: a cache (harvested if it is missing), the language model, or a user's file."""
+"""The source of a run's activations: a cache (harvested if it is missing), the language model, or a user's file."""
 
 from __future__ import annotations
 

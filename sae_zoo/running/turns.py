@@ -51,7 +51,7 @@ def stream_key(config: Config) -> str:
 
 
 class Alone:
-    """What a job has that is alone in its process.
+    """The surroundings of a job (source, batches, clock, Ctrl-C) when it is alone in its process.
 
     Attributes:
         interrupts: its Ctrl-C.
@@ -68,7 +68,7 @@ class Alone:
         return time.time()
 
     def open(self, make: Callable[[], Source]) -> Source:
-        """What ``make`` gives."""
+        """The source that ``make`` opens."""
         return make()
 
     def data(self, activations: Activations, **arguments: Any) -> ActivationData:
@@ -118,7 +118,7 @@ class _Member(Alone):
         return self._seconds + time.perf_counter() - self._turn_began
 
     def open(self, make: Callable[[], Source]) -> Source:
-        """What ``make`` gave the first job that came here."""
+        """The source that ``make`` opened for the first job that came here."""
         if self.shared.source is None:
             self.shared.source = make()
         return self.shared.source
@@ -155,7 +155,7 @@ _running: _Member | None = None
 
 
 def current() -> Alone:
-    """What the job has that calls this."""
+    """The surroundings of the running job."""
     return Alone() if _running is None else _running
 
 

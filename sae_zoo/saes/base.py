@@ -1,4 +1,4 @@
-"""What every SAE shares: parameters, input scale, encode and decode, and the training loss on the active set.
+"""Base of every SAE: parameters, input scale, encode and decode, and the training loss on the active set.
 
 One training step, the same for every variant: ``selection`` (which entries are active: one rule for the whole batch) ->
 encoder GEMM -> ``latents`` (what value each takes) -> decode over the active set -> squared error + what the variant
@@ -44,7 +44,7 @@ class SAEOutput:
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """What a step saw fire.
+    """Counts of what fired in a step, and its errors.
 
     Attributes:
         tokens_of: [d_sae] float32: on how many tokens each latent was above 0.
@@ -175,8 +175,9 @@ class SAE(LightningSAE, ABC):
 
     @abstractmethod
     def selection(self, *, training: bool) -> Selection | LargestOfBatch:
-        """Which entries are active or, in ``training``, receive a gradient. Of a training step it is asked once, and
-        what its ``of_batch`` makes of the whole batch is the rule of the step.
+        """The rule that picks active entries. In training it also picks entries that are zero but receive a gradient
+        (those inside a threshold's window). Of a training step it is asked once, and what its ``of_batch`` makes of the
+        whole batch is the rule of the step.
         """
 
     def observe(self, selection: Selection) -> None:
@@ -193,7 +194,9 @@ class SAE(LightningSAE, ABC):
         return self.latents(pre_acts, None)
 
     def sums(self, step: Step) -> dict[str, Tensor]:
-        """What the loss takes from a step beside the squared error, each a sum over its tokens."""
+        """Extra loss ingredients of this variant, by name, each summed over the tokens of ``step``; ``terms`` gets them
+        divided by the batch size.
+        """
         return {}
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,12 +219,12 @@ class SAE(LightningSAE, ABC):
         getattr(self, self.encoder_bias).sub_(quantiles)
 
     def excess(self, pre_acts: Tensor, ids: Tensor | None) -> Tensor:
-        """By how much pre-activations exceed what makes a latent active; laid out as :meth:`latents` takes them."""
+        """Excess of pre-activations over what makes a latent active; laid out as :meth:`latents` takes them."""
         return pre_acts
 
     @torch.no_grad()
     def raise_thresholds(self, shift: Tensor) -> None:
-        """Raise what pre-activations have to exceed by ``shift`` [d_sae], normalised units (negative: lower it)."""
+        """Raise every threshold by ``shift`` [d_sae], normalised units; a negative shift lowers it."""
         getattr(self, self.encoder_bias).sub_(shift)
 
     # What is saved: weights that act on raw activations.

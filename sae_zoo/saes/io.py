@@ -22,7 +22,7 @@ WEIGHTS, CONFIG = "sae.safetensors", "sae.json"
 
 
 def folded_weights(sae: SAE) -> dict[str, Tensor]:
-    """What :meth:`sae_zoo.saes.base.SAE.folded` gives, as on disk: float32, in the host's memory."""
+    """The weights of :meth:`sae_zoo.saes.base.SAE.folded` as on disk: float32, in the host's memory."""
     return {name: weight.detach().float().contiguous().cpu() for name, weight in sae.folded().items()}
 
 

@@ -51,7 +51,7 @@ _RANDOM_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the end of L0 control did.
+    """Result of the calibration at the end of L0 control.
 
     Attributes:
         shift: by how many of its own mean excesses every threshold was raised; at most a half.
@@ -263,7 +263,7 @@ class LightningSAE(pl.LightningModule):
             self.shifted += self._shift
 
     def constrain(self) -> None:
-        """What a variant enforces after every step, beside unit decoder rows, which the optimiser keeps."""
+        """Enforce what a variant asks for after every step, beside unit decoder rows, which the optimiser keeps."""
 
     @property
     def coefficient(self) -> float:

@@ -31,7 +31,7 @@ class TopKSAE(SAE):
     variant = "topk"
     has_coefficient = False
     has_threshold = False
-    lr_l0_multiple = 1.5  # it bears more: nobody falls below a threshold for good
+    lr_l0_multiple = 1.5  # TopK tolerates a higher rate: it has no threshold below which a latent is stuck
 
     def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, recall: float = 1.0,
                  l0_target: float | None = None, **common: Any):

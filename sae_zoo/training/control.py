@@ -32,7 +32,7 @@ def l0_error(l0: float, target: float, *, largest: float = LARGEST_ERROR) -> flo
 
 
 def threshold_shift(error: float, *, share: float, always: bool) -> float:
-    """By how much of its mean excess every threshold is raised in a step.
+    """Multiple of its mean excess by which every threshold is raised in a step.
 
     Where excesses are exponentially distributed, which they nearly are, raising a threshold by its mean excess divides
     the latent's frequency by e, so the gain from this to log L0 is minus one for any variant, width and data.

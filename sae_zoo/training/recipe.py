@@ -21,8 +21,8 @@ class Recipe:
         beta1, beta2, adam_eps: Adam's.
         second_moment: of Adam, for matrices: of each ``element``, or one for the ``row`` of a latent.
         lr_l0: None, or the L0 above which JumpReLU's rates, but that of thresholds, fall in proportion (TopK's above
-            1.5 times it): a step moves the reconstruction by the sum of what it moves each active latent by, and who
-            overshoots below a threshold gets no gradient any more.
+            1.5 times it). One step changes the reconstruction by the sum of the changes of all active latents, so at a
+            high L0 it overshoots; a latent pushed below its threshold then gets no gradient.
         lr_warmup_steps, lr_start_factor, lr_decay_fraction: see :func:`sae_zoo.training.schedules.lr_factor`.
         coefficient_warmup_steps: linear warm-up of the sparsity coefficient.
         b_dec_start: ``zero`` (the paper) or ``mean`` (of the first activations).

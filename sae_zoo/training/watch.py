@@ -11,7 +11,7 @@ _JUMP_FACTOR, _JUMP = 1.5, 0.1
 
 
 def collapse(*, dead: float, least_dead: float, fvu: float, fvu_before: float) -> str | None:
-    """What has gone wrong, in words; None if nothing has.
+    """The collapse that a run shows, in words; None if there is none.
 
     Args:
         dead, least_dead: share of dead latents now, and the least so far.

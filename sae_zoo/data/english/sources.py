@@ -1,4 +1,4 @@
-"""What the English corpus is made of: every source with its version, the hash of its archive, and its licence."""
+"""Sources of the English corpus: every one with its version, the hash of its archive, and its licence."""
 
 from __future__ import annotations
 
