@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_zoo.config import run_entry_point
 from sae_zoo.data.corpus import HELD_OUT, pack
-from sae_zoo.data.loading import SeededRows, StepDataModule
 from sae_zoo.files import locked, replacing, write_text
 from sae_zoo.lm.pretraining import LanguageModelPretraining, bits_per_byte, build_model, train_tokenizer
+from sae_zoo.lm.pretraining_data import SeededRows, StepDataModule
 from sae_zoo.records import digest, versions, write_json
 from sae_zoo.running.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.running.checks import Config

@@ -17,12 +17,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict, read_write
 
-from analysis.claims.ablations import CHECKS, KERNEL_STD
+from analysis.claims.ablations import CHECKS
 from analysis.claims.evidence import Evidence
 from analysis.claims.finding import HOLDS
 from sae_zoo import train
 from sae_zoo.config import CONFIG_DIR, compose_config, plain
 from sae_zoo.data.cache import open_cache
+from sae_zoo.functional.kernel_widths import KERNEL_STD
 from sae_zoo.records import RECORD, read_record
 from sae_zoo.running import job as running_job
 from sae_zoo.running.settings import TrainSettings

@@ -14,9 +14,7 @@ from analysis.claims.finding import Check, Finding, decide, finding, not_measure
 from analysis.claims.intervals import estimate
 from sae_zoo.frontier.labels import NAMES
 from sae_zoo.frontier.pareto import interpolate_at
-
-# Standard deviation of each kernel at bandwidth 1, from its formula (sae_zoo.functional.activations has the same).
-KERNEL_STD = {"rectangle": 12**-0.5, "triangle": 6**-0.5, "epanechnikov": 5**-0.5, "gaussian": 1.0}
+from sae_zoo.functional.kernel_widths import KERNEL_STD
 
 
 def one_bandwidth(evidence: Evidence) -> Finding:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_zoo.data.activations import Activations, Batches
-from sae_zoo.data.loading import ReadAhead
+from sae_zoo.data.read_ahead import ReadAhead
 
 # Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
 VALIDATION_ROWS = 8192

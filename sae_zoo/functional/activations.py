@@ -31,8 +31,6 @@ KERNELS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
     "epanechnikov": (lambda u: (0.75 * (1 - u * u)).clamp_min(0), 1.0),
     "gaussian": (lambda u: torch.exp(-0.5 * u * u) / _SQRT_2PI * (u.abs() < 4.0), 4.0),
 }
-# Standard deviation of each kernel at bandwidth 1: kernels are compared at matched variance, not at equal bandwidth.
-KERNEL_STD = {"rectangle": 12**-0.5, "triangle": 6**-0.5, "epanechnikov": 5**-0.5, "gaussian": 1.0}
 
 
 def kernel_half_width(kernel: str, bandwidth: float) -> float:

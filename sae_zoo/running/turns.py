@@ -21,8 +21,8 @@ from greenlet import greenlet
 from torch import Tensor
 
 from sae_zoo.data.activations import Activations
-from sae_zoo.data.loading import ReadAhead
 from sae_zoo.data.module import ActivationData
+from sae_zoo.data.read_ahead import ReadAhead
 from sae_zoo.records import digest
 from sae_zoo.running.checkpoints import Interrupts, Stopped
 from sae_zoo.running.checks import Config

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.claims.ablations import KERNEL_STD
 from analysis.claims.evidence import Evidence
 from analysis.claims.finding import FAILS, HOLDS, NOT_MEASURED, UNDECIDED
 from analysis.claims.report import judge
 from analysis.theory import estimate
-from sae_zoo.functional import activations
+from sae_zoo.functional.kernel_widths import KERNEL_STD
 from tests.analysis.test_claims import SITES, curve, judged, run
 
 
@@ -74,10 +73,6 @@ def kernels(scales, *, stretch=1.0):
     widths = {kernel: 0.01 * (12 * KERNEL_STD[kernel] ** 2) ** -0.5 * (stretch if kernel != "rectangle" else 1)
               for kernel in scales}
     return sweep([({"sae.kernel": kernel, "sae.bandwidth": widths[kernel]}, scale) for kernel, scale in scales.items()])
-
-
-def test_kernel_widths_are_those_of_the_kernels():
-    assert KERNEL_STD == pytest.approx(activations.KERNEL_STD)
 
 
 @pytest.mark.parametrize(("scales", "stretch", "verdict", "effect"), [

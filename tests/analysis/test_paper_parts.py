@@ -12,7 +12,8 @@ from analysis.paper import FIGURES, NotMeasured, load_runs
 from analysis.paper.frequencies import common_target, draw_frequencies, histogram, notes_on_frequencies
 from analysis.paper.windows import BANDWIDTH, THRESHOLD, draw_windows
 from sae_zoo.frontier.style import STYLES
-from sae_zoo.functional.activations import KERNEL_STD, heaviside, jumprelu
+from sae_zoo.functional.activations import heaviside, jumprelu
+from sae_zoo.functional.kernel_widths import KERNEL_STD
 
 
 def record(label="topk", target=20, seed=0, **values):

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from sae_zoo.functional.activations import KERNEL_STD, KERNELS, heaviside, jumprelu, kernel_half_width
+from sae_zoo.functional.activations import KERNELS, heaviside, jumprelu, kernel_half_width
+from sae_zoo.functional.kernel_widths import KERNEL_STD
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.kills import plain
-from sae_zoo.data.loading import SeededRows, StepDataModule
+from sae_zoo.lm.pretraining_data import SeededRows, StepDataModule
 from sae_zoo.running.checkpoints import CheckpointFiles, Checkpoints, newest_checkpoint
 from sae_zoo.running.curves import Curves
 

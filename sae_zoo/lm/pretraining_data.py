@@ -1,62 +1,12 @@
-"""Batches that are a pure function of a seed and of the step."""
+"""Batches of pretraining: a pure function of a seed and of the step."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-
-_END = object()
-
-
-class ReadAhead:
-    """Batches that a thread reads while the step before is running.
-
-    Args:
-        batches: an iterable with ``len()``.
-        pin: put them into page-locked memory, from which a CUDA device fetches them by itself.
-        depth: batches that wait at most.
-    """
-
-    def __init__(self, batches: Iterable[Tensor], *, pin: bool, depth: int = 2):
-        self.batches, self._pin, self._depth = batches, pin, depth
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        waiting: queue.Queue = queue.Queue(self._depth)
-        stopped = threading.Event()
-
-        def put(item: object) -> None:
-            while not stopped.is_set():
-                try:
-                    return waiting.put(item, timeout=0.1)
-                except queue.Full:
-                    continue
-
-        def read() -> None:
-            try:
-                for batch in self.batches:
-                    put(batch.pin_memory() if self._pin else batch)
-                    if stopped.is_set():
-                        return
-                put(_END)
-            except BaseException as error:  # it belongs to whoever asks for the next batch
-                put(error)
-
-        threading.Thread(target=read, name="read ahead", daemon=True).start()
-        try:
-            while (item := waiting.get()) is not _END:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
 
 
 class StepDataModule(pl.LightningDataModule):

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from sae_zoo.data.loading import ReadAhead
+from sae_zoo.data.read_ahead import ReadAhead
 
 
 class Source:
