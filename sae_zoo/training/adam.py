@@ -8,7 +8,7 @@ norm 1 after the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -45,6 +45,20 @@ def adam_reference_(weight: Tensor, grad: Tensor, first: Tensor | None, second: 
 @cache
 def _compiled() -> Any:
     return torch.compile(adam_reference_)
+
+
+def _step_on(device_type: str) -> Callable[..., None]:
+    """The step of one tensor as it is taken there; numbers by their names."""
+    if device_type == "cpu":
+        from sae_zoo.functional.cpu_kernels import adam_  # numba, which a CUDA machine never needs
+
+        return adam_
+    step = _compiled() if device_type == "cuda" else adam_reference_
+
+    def with_numbers_in_a_tensor(*tensors: Tensor | None, unit_rows: bool, **numbers: float) -> None:
+        step(*tensors, torch.tensor(list(numbers.values()), device=tensors[0].device), unit_rows=unit_rows)
+
+    return with_numbers_in_a_tensor
 
 
 def _rows(tensor: Tensor, *, like: Tensor) -> Tensor:
@@ -100,10 +114,4 @@ class Adam(torch.optim.Optimizer):
         tensors = [None if t is None else _rows(t, like=parameter)
                    for t in (parameter, parameter.grad, state.get("exp_avg"))]
         tensors.append(second if second.shape != parameter.shape else _rows(second, like=parameter))
-        if parameter.device.type == "cpu":
-            from sae_zoo.functional.cpu_kernels import adam_  # numba, which a CUDA machine never needs
-
-            adam_(*tensors, **numbers, unit_rows=group["unit_rows"])
-        else:
-            step = _compiled() if parameter.device.type == "cuda" else adam_reference_
-            step(*tensors, torch.tensor(list(numbers.values()), device=parameter.device), unit_rows=group["unit_rows"])
+        _step_on(parameter.device.type)(*tensors, **numbers, unit_rows=group["unit_rows"])

@@ -76,7 +76,10 @@ class Recipe:
                      "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("beta1", "beta2", "lr_start_factor", "lr_decay_fraction"):
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be at least 0 and below 1")
+        for name in ("lr_start_factor", "lr_decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"recipe.{name} is {getattr(self, name)}; it must be between 0 and 1")
         for name in ("lr_warmup_steps", "coefficient_warmup_steps", "control_shift", "control_proportional",

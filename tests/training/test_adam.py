@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from sae_zoo.functional.decoder import normalise_rows_
+from sae_zoo.training import adam
 from sae_zoo.training.adam import Adam, adam_reference_
 
 
@@ -100,6 +101,37 @@ def test_the_form_for_cuda_is_the_same(beta1, unit_rows, by_row):
     adam_reference_(weight, grad, first if beta1 else None, second.square_(), numbers, unit_rows=unit_rows)
     torch.testing.assert_close(ours.data, weight)
     torch.testing.assert_close(optimizer.state[ours]["exp_avg_sq"], second)
+
+
+@pytest.mark.parametrize("device_type", ["xpu", "cuda"])
+def test_what_is_handed_to_the_form_of_other_devices(device_type, monkeypatch):
+    """On the CPU's tensors: the same as the CPU's own step."""
+    monkeypatch.setattr(adam, "_compiled", lambda: adam_reference_)
+    tensors, numbers = [], {"step_size": 0.03, "beta1": 0.9, "beta2": 0.99, "scale": 1.5, "eps": 1e-4}
+    for name in ("cpu", device_type):
+        generator = torch.Generator().manual_seed(2)
+        weight, grad, first, second = (torch.randn(6, 4, generator=generator) for _ in range(4))
+        normalise_rows_(weight)
+        tensors.append((weight, grad, first, second.square_()))
+        adam._step_on(name)(*tensors[-1], **numbers, unit_rows=True)
+    for a, b in zip(*tensors, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_cuda_alone_compiles(monkeypatch):
+    monkeypatch.setattr(adam, "_compiled", lambda: pytest.fail("compiled"))
+    adam._step_on("xpu")
+    with pytest.raises(pytest.fail.Exception, match="compiled"):
+        adam._step_on("cuda")
+
+
+def test_each_element_has_its_own_second_moment_unless_asked():
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = Adam([parameter], lr=0.01, beta1=0.0, beta2=0.9, eps=1e-8)
+    assert optimizer.param_groups[0]["second_moment"] == "element"
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    assert optimizer.state[parameter]["exp_avg_sq"].shape == (3, 2)
 
 
 def test_state_survives_saving(tmp_path):

@@ -33,6 +33,7 @@ def test_auxk_weighs_more_in_a_short_run():
 def test_error_is_symmetric_and_cut():
     assert l0_error(44, 40) == pytest.approx(math.log(1.1)) == pytest.approx(-l0_error(40, 44))
     assert l0_error(0, 40) == -0.5 and l0_error(4000, 40) == 0.5
+    assert l0_error(0.8, 1) == pytest.approx(math.log(0.8))
     cut = [l0_error(40 * math.exp(e), 40, largest=0.2) for e in (-0.5, -0.2, 0.02, 0.21)]
     assert cut == pytest.approx([-0.2, -0.2, 0.02, 0.2]) and l0_error(0, 40, largest=0.2) == -0.2
 
@@ -56,12 +57,27 @@ def test_recipes_are_valid_and_bad_values_are_named():
         recipe = yaml.safe_load((CONFIG_DIR / "recipe" / f"{name}.yaml").read_text())
         recipe_of(recipe)
     for change, message in (({"lr": 0}, "recipe.lr is 0; it must be positive"),
-                            ({"beta1": 1.5}, "recipe.beta1 is 1.5; it must be between 0 and 1"),
+                            ({"beta1": 1.5}, "recipe.beta1 is 1.5; it must be at least 0 and below 1"),
+                            ({"beta2": 1}, "recipe.beta2 is 1; it must be at least 0 and below 1"),
+                            ({"beta1": -0.1}, "recipe.beta1 is -0.1; it must be at least 0"),
+                            ({"lr_start_factor": 1.1}, "recipe.lr_start_factor is 1.1; it must be between 0 and 1"),
+                            ({"lr_decay_fraction": -1}, "recipe.lr_decay_fraction is -1; it must be between 0 and 1"),
+                            ({"control_shift": -1}, "recipe.control_shift is -1; it must not be negative"),
+                            ({"lr_warmup_steps": -5}, "recipe.lr_warmup_steps is -5; it must not be negative"),
+                            ({"second_moment": "column"}, "recipe.second_moment is 'column'; choose element or row$"),
+                            ({"lr_l0": 0}, "recipe.lr_l0 is 0; it must be positive or null"),
                             ({"b_dec_start": "median"}, "recipe.b_dec_start is 'median'; choose zero or mean"),
                             ({"threshold_start": "4"}, "recipe.threshold_start is '4'; choose fixed or quantile"),
                             ({"decoder_start": "pca"}, "recipe.decoder_start is 'pca'; choose random or data")):
         with pytest.raises(ValueError, match=message):
             recipe_of({**recipe, **change})
+
+
+@pytest.mark.parametrize("change", [{"lr_decay_fraction": 1}, {"lr_start_factor": 1}, {"lr_start_factor": 0},
+                                    {"lr_decay_fraction": 0}, {"beta1": 0}, {"control_shift": 0}, {"lr_l0": None}])
+def test_bounds_belong_to_the_range(change):
+    recipe = yaml.safe_load((CONFIG_DIR / "recipe" / "short.yaml").read_text())
+    assert recipe_of({**recipe, **change})
 
 
 def test_the_paper_recipe_is_the_papers():

@@ -15,6 +15,10 @@ from sae_zoo.training.watch import collapse
     (0.0, 0.0, 0.41, 0.2, "FVU jumped from 0.200 to 0.410"),
     (0.0, 0.0, 0.29, 0.2, None),  # by less than a factor of 1.5
     (0.0, 0.0, 0.05, 0.01, None),  # by less than 0.1
+    (0.0, 0.0, 0.75, 0.5, None),  # by just a factor of 1.5, and by more than 0.1
+    (0.0, 0.0, 0.65, 0.5, None),  # by less than a factor of 1.5, though by more than 0.1
+    (0.0, 0.0, 0.19, 0.1, None),  # by less than 0.1, though by more than a factor of 1.5
+    (0.0, 0.0, 0.125, 0.025, None),  # by just 0.1
     (0.0, 1.0, 0.3, math.nan, None),  # the first look
 ])
 def test_collapse(dead, least, fvu, before, words):
