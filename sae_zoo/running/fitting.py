@@ -48,7 +48,8 @@ def fit(settings: TrainSettings, source: Source, run_dir: Path, *,
     """
     activations, place, recipe = source.activations, current(), settings.recipe
     sae = settings.sae(d_in=activations.d_in, input_scale=activations.mean_squared_norm**0.5)
-    sae.likely_cause = _long_rows(activations)
+    if (cause := _long_rows(activations)) is not None:
+        sae.likely_cause = cause
     data = place.data(activations, batch_size=recipe.batch_size, n_steps=recipe.n_steps, seed=settings.seed)
     curves = Curves(run_dir / "metrics.csv")
     checkpoints = Checkpoints(run_dir / "checkpoints", every=settings.trainer.checkpoint_every, curves=curves,
