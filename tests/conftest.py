@@ -8,9 +8,9 @@ import sys
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hydra.core.global_hydra import GlobalHydra  # noqa: E402
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
 
 torch.set_num_threads(1)  # the tensors of most tests are tiny
 if "PYTEST_XDIST_WORKER" in os.environ:  # such a worker ignores Ctrl-C, and tests look at what it does

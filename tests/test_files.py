@@ -17,9 +17,14 @@ def names(folder):
 def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path, error):
     file = tmp_path / "new" / "a.txt"
     write_text(file, "old é")
-    with pytest.raises(error), replacing(file) as temporary:
-        temporary.write_text("half of the n")
-        raise error
+
+    def fails():
+        with replacing(file) as temporary:
+            temporary.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        fails()
     assert names(file.parent) == ["a.txt"] and file.read_text(encoding="utf-8") == "old é"
     write_text(file, "new")
     assert names(file.parent) == ["a.txt"] and file.read_text() == "new"
@@ -40,7 +45,7 @@ def test_until_the_block_ends_the_old_file_is_there(tmp_path):
 def test_a_full_disk_is_one_line_and_costs_nothing(small_disk, write):
     disk = small_disk(200_000)
     write_text(disk / "a", "old")
-    with pytest.raises(OSError, match="a cannot be written: .*[Nn]o space left on device") as error, \
+    with pytest.raises(OSError, match=r"a cannot be written: .*[Nn]o space left on device") as error, \
             replacing(disk / "a") as temporary:
         write(temporary)
     assert "\n" not in str(error.value)

@@ -30,8 +30,8 @@ MODULES = {path.relative_to(ROOT): path for package in PACKAGES for path in (ROO
 USE_SAES = {"theory", "thresholds", "latents", "dashboard"}
 READ_RECORDS = {"records", "frontier", "command_line"}
 NO_TORCH = "sae_zoo.functional.kernel_widths"
-KNOW_HYDRA = {"sae_zoo": {"train", "plan", "harvest", "evaluate", "pretrain", "config"}, "analysis": set(), "benchmarks": set(),
-              "hydra_plugins": {"sae_zoo_one_stream"}}
+KNOW_HYDRA = {"sae_zoo": {"train", "plan", "harvest", "evaluate", "pretrain", "config"}, "analysis": set(),
+              "benchmarks": set(), "hydra_plugins": {"sae_zoo_one_stream"}}
 
 
 def imports(path):
@@ -62,8 +62,8 @@ def test_imports_point_down(module):
 def test_functional_is_torch_only_but_for_its_kernels_and_their_memory():
     for module, path in MODULES.items():
         if "functional" in module.parts:
-            allowed = sys.stdlib_module_names | {"torch", "sae_zoo"} | {
-                "cpu_kernels": {"numpy", "numba"}, "workspace": {"numpy"}, "triton_kernels": {"triton"}}.get(module.stem, set())
+            more = {"cpu_kernels": {"numpy", "numba"}, "workspace": {"numpy"}, "triton_kernels": {"triton"}}
+            allowed = sys.stdlib_module_names | {"torch", "sae_zoo"} | more.get(module.stem, set())
             foreign = {name.split(".")[0] for name in imports(path)} - allowed
             assert not foreign, f"{module} imports {foreign}"
 

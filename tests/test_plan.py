@@ -148,7 +148,8 @@ def test_processes_share_a_batch(run):
     one, two, four = (last_line(run("--json", *long, *more)[1])["jobs"][0]["phases"]["training"] for more in (
         [], ["trainer.devices=2"], ["trainer.devices=2", "trainer.num_nodes=2"]))
     assert two["flops"] == pytest.approx(one["flops"], rel=0.01) and two["host_bytes"] > 1.5 * one["host_bytes"]
-    assert one["flops"] / 2 < four["flops"] < 0.6 * one["flops"]  # each machine starts, and looks at all validation rows
+    # Each machine starts, and looks at all validation rows.
+    assert one["flops"] / 2 < four["flops"] < 0.6 * one["flops"]
 
 
 def test_own_activations_need_no_language_model(run, tmp_path):

@@ -1,5 +1,6 @@
 """Pretraining through its entry point: a tiny model with dropout, so that the random state has to survive too."""
 
+import itertools
 import os
 import random
 import signal
@@ -20,8 +21,9 @@ ARCHITECTURE = "+architecture={model_type: gpt2, n_embd: 32, n_inner: 48, n_laye
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    words = ["def", "class", "self", "return", "import", "for"]
     for i in range(60):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choice("def class self return import for".split()) for _ in range(90)))
+        (folder / f"{i}.txt").write_text(" ".join(draw.choice(words) for _ in range(90)))
     return folder
 
 
@@ -31,8 +33,8 @@ def run(text, enter, monkeypatch):
         monkeypatch.chdir(folder)  # so that no path differs
         status, out, err = enter(
             pretrain, "corpus=text_files", f"corpus.paths={text}", "vocab_size=270", "context_size=32", "batch_size=4",
-            "n_steps=40", "checkpoint_every=10", "warmup_steps=5", "precision=32-true", "progress_bar=false", "name=tiny",
-            "output_dir=out", "~architecture", ARCHITECTURE, *overrides)
+            "n_steps=40", "checkpoint_every=10", "warmup_steps=5", "precision=32-true", "progress_bar=false",
+            "name=tiny", "output_dir=out", "~architecture", ARCHITECTURE, *overrides)
         assert "Traceback" not in err
         return status, out + err
 
@@ -91,7 +93,8 @@ def test_what_was_interrupted_ends_as_if_it_had_not_been(run, whole, tmp_path, m
     monkeypatch.setattr(LanguageModelPretraining, "training_step", interrupted)
     for after in (8, 24):
         status, printed = run(tmp_path)
-        assert status == 130 and f"sae_zoo.pretrain: interrupted after step {after}; the same command goes on" in printed
+        assert status == 130
+        assert f"sae_zoo.pretrain: interrupted after step {after}; the same command goes on" in printed
     assert run(tmp_path)[0] == 0 and files(tmp_path) == whole
 
 
@@ -100,9 +103,9 @@ def test_a_disk_that_is_full_when_the_model_is_written(run, whole, small_disk, m
     disk, honest = small_disk(8_000_000), pretrain.bits_per_byte
 
     def fill(*args):
-        with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
-            while True:
-                file.write(b"0" * 1024)
+        with (open(disk / "filler", "wb", buffering=0) as file,
+              pytest.raises(OSError, match="No space left on device")):
+            file.writelines(itertools.repeat(b"0" * 1024))
         os.truncate(disk / "filler", (disk / "filler").stat().st_size - n_left)
         return honest(*args)
 

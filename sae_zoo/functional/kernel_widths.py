@@ -1,4 +1,4 @@
-"""Standard deviation of each kernel at bandwidth 1: kernels are compared at matched variance, not at equal bandwidth."""
+"""Standard deviation of each kernel at bandwidth 1: kernels are compared at matched variance, not at equal width."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ def trained(tmp_path_factory):
     for sae in ("topk", "jumprelu"):
         folder = root / "runs" / "demo" / sae
         folder.mkdir(parents=True)
-        run_job(TrainSettings.of(compose_config("train", [f"sae={sae}", "l0_target=10", f"output_dir={root}", *SMALL])), folder)
+        config = compose_config("train", [f"sae={sae}", "l0_target=10", f"output_dir={root}", *SMALL])
+        run_job(TrainSettings.of(config), folder)
     return root / "runs" / "demo"
 
 

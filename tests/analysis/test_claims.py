@@ -313,7 +313,7 @@ def test_dead_latents_where_the_recipe_has_auxk_for_all():
     ({"topk": -0.3}, {}, NOT_MEASURED),
 ])
 def test_uniformity(slopes, scales, verdict):
-    law = {label: lambda t, k=k, c=scales.get(label, 1): c * 0.5 * (t / 20) ** k for label, k in slopes.items()}
+    law = {label: lambda t, k=k, label=label: scales.get(label, 1) * 0.5 * (t / 20) ** k for label, k in slopes.items()}
     found = judged(arms("r_l0", law))["C14"]
     assert found.verdict == verdict
     if verdict != NOT_MEASURED:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def test_what_analysis_theory_writes_is_read(tmp_path):
     ((1.3, 1.1, 1.01), HOLDS), ((0.7, 0.9, 0.99), HOLDS), ((1.3, 1.1, 1.05), UNDECIDED), ((1.0, 1.1, 1.3), FAILS),
     ((1.3, 1.5, 1.0), FAILS), ((1.1, 1.12, 1.0), HOLDS)])  # the last rises by less than the errors
 def test_bias_must_fall_with_the_bandwidth(tmp_path, means, verdict):
-    rows = [[eps, -2 * mean, 0.02, 0.1] for eps, mean in zip((0.2, 0.1, 0.05), means)]
+    rows = [[eps, -2 * mean, 0.02, 0.1] for eps, mean in zip((0.2, 0.1, 0.05), means, strict=True)]
     (tmp_path / "ste.json").write_text(json.dumps({"analytic": -2.0, "n_samples": 10, "estimates": rows[::-1]}))
     found = judge(Evidence([tmp_path]))["C3"]
     assert found.verdict == verdict and found.effect == pytest.approx(means[-1])
@@ -229,5 +230,6 @@ def test_seconds_of_runs_are_a_remark_only():
     ("step.json", {"variants": {"topk": 1}})])
 def test_files_that_are_something_else_are_refused(tmp_path, name, content):
     (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"{name} is not .*write it again with python -m (analysis.theory|benchmarks step)"):
+    again = r"write it again with python -m (analysis\.theory|benchmarks step)"
+    with pytest.raises(ValueError, match=f"{re.escape(name)} is not .*{again}"):
         judge(Evidence([tmp_path]))

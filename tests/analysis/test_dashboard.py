@@ -120,7 +120,7 @@ class Elements(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.names.append(tag)
         self.loads += [value for name, value in attrs if name in ("src", "srcset", "data", "action")
-                       or name == "href" and not value.startswith("#")]
+                       or (name == "href" and not value.startswith("#"))]
 
 
 def test_text_from_a_corpus_is_never_mark_up(content):

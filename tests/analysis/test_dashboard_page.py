@@ -160,7 +160,7 @@ def test_a_click_opens_a_latent_with_everything_about_it(page, content):
 
 
 def test_the_nearest_latent_of_the_other_run_stands_beside_it(page, content):
-    first, second = content["runs"]
+    first, _ = content["runs"]
     latent = next(i for i in by_frequency(first) if i in first["details"])
     near, cosine = (column[0] for column in first["details"][latent]["nearest"][1])
     page.js("location.hash = arguments[0]", f"#latent/0/{latent}")
@@ -183,7 +183,8 @@ def test_everything_by_keyboard(page, content):
     def active():  # in one go: where the list scrolls, its rows are made again at some moment after
         selected, described = page.js("""
             const rows = [...document.querySelectorAll('.row[aria-selected="true"]')];
-            return [rows.map((row) => row.id), document.getElementById("list").getAttribute("aria-activedescendant")]""")
+            const list = document.getElementById("list");
+            return [rows.map((row) => row.id), list.getAttribute("aria-activedescendant")]""")
         assert selected == [described]
         return int(described.removeprefix("row-"))
 
@@ -288,7 +289,7 @@ def test_latents_without_details_say_why(page, content):
     listed = next(i for i in range(512) if part["frequency"][i] and i not in part["details"])
     for latent, words in ((listed, "Listed only"), (part["frequency"].index(0), "It fired on none of these tokens.")):
         page.js("location.hash = arguments[0]", f"#latent/1/{latent}")
-        page.until(lambda: page.text("#latent h2").endswith(f"Latent {latent}"))
+        page.until(lambda title=f"Latent {latent}": page.text("#latent h2").endswith(title))
         assert words in page.text("#latent .note")
 
 

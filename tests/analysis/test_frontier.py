@@ -1,5 +1,6 @@
 """The frontier command on records written by hand: table, files, what it refuses, and how its plot reads."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_failed_runs_and_missed_targets_are_said(sweep):
 def test_incompatible_runs_are_refused_with_the_reason(sweep, key, other):
     one = record()
     folder = sweep(one, record("jumprelu", **{key: other}), record("relu"))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"{key} differs: ") as error:
         draw_frontier(folder)
     message = str(error.value)
     assert f"{key} differs: {one[key]} (sweep/job00, sweep/job02) against {other} (sweep/job01)" in message
@@ -155,7 +156,7 @@ def test_a_panel_with_nothing_positive_is_dropped(sweep, figures):
 def markers_of(axes):
     """label -> drawn (x, y) of its runs, found by the style alone."""
     by_marker = {style.marker: label for label, style in STYLES.items()}
-    return {by_marker[line.get_marker()]: list(zip(*line.get_data())) for line in axes.lines
+    return {by_marker[line.get_marker()]: list(zip(*line.get_data(), strict=True)) for line in axes.lines
             if line.get_marker() in by_marker}
 
 
@@ -172,7 +173,7 @@ def test_every_run_is_a_marker_and_lines_go_through_means(sweep, figures):
             means = sorted((g.mean("l0"), g.mean(key)) for g in group_seeds(records) if g.label == label)
             assert np.allclose(np.transpose(line.get_data()), means)
         (band,) = [line for line in axes.lines if line.get_color() == plot.FRONT]
-        x, y = band.get_data()
+        _, y = band.get_data()
         assert min(y) == pytest.approx(min(g.mean(key) for g in group_seeds(records)))
     texts = " ".join(text.get_text() for text in figures[0].texts)
     for part in ("builtin", "residual.3", "d_sae 4,096", "1,000,000 training tokens"):
@@ -239,10 +240,11 @@ def test_labels_are_spread_in_order_and_only_as_far_as_needed(wanted, gap):
     gap = min(gap, 1 / max(len(wanted) - 1, 1))
     assert all(-1e-9 <= place <= 1 + 1e-9 for place in placed)
     ranked = sorted(placed)
-    assert all(b - a >= gap - 1e-9 for a, b in zip(ranked, ranked[1:]))
-    assert all(p < q for w, p in zip(wanted, placed) for v, q in zip(wanted, placed) if w < v)
+    assert all(b - a >= gap - 1e-9 for a, b in itertools.pairwise(ranked))
+    pairs = list(zip(wanted, placed, strict=True))
+    assert all(p < q for w, p in pairs for v, q in pairs if w < v)
     apart = sorted(wanted)
-    if all(b - a >= gap for a, b in zip(apart, apart[1:])):
+    if all(b - a >= gap for a, b in itertools.pairwise(apart)):
         assert placed == pytest.approx(wanted)
 
 

@@ -60,7 +60,8 @@ def test_kept_are_the_largest_in_whatever_pieces(generator, piece):
     for parts in zip(*(x.split(piece) for x in (latents, keys, 2 * keys, places)), strict=True):
         kept.add(*parts)
     for latent in range(13):  # the last one never comes
-        own = sorted(zip(keys[latents == latent].tolist(), places[latents == latent].tolist()), reverse=True)[:6]
+        own = zip(keys[latents == latent].tolist(), places[latents == latent].tolist(), strict=True)
+        own = sorted(own, reverse=True)[:6]
         assert kept.of(latent) == ([pytest.approx(2 * key) for key, _ in own], [place for _, place in own])
 
 
@@ -245,7 +246,7 @@ def test_logit_effects_are_the_derivative_of_the_logits(generator, model_type, s
 def test_logit_effects_of_what_is_no_part_of_the_stream_are_unknown(generator):
     model = tiny("llama", generator)
     inside = HookPoint(1, "inside", "model.layers.1.mlp.act_fn", "output")
-    with pytest.raises(UnknownEffects, match="inside.1 is 40 wide and the residual stream 24"):
+    with pytest.raises(UnknownEffects, match=r"inside\.1 is 40 wide and the residual stream 24"):
         logit_effects(model, inside, torch.randn(3, 40), 5)
 
 
@@ -278,7 +279,7 @@ def test_users_files_are_surveyed_by_row(tmp_path, generator):
     found = survey(sae, activations)
     latents = sae.encode(x[-4800:])  # two pieces
     assert found.counts.fired.tolist() == (latents > 0).sum(0).tolist()
-    values, places = found.top.of(4)
+    _, places = found.top.of(4)
     assert places == latents[:, 4].topk(len(places)).indices.tolist()
 
 
@@ -306,5 +307,5 @@ def test_runs_that_cannot_be_opened(trained, tmp_path):
             open_runs(folders)
     old = copy("old")
     (old / "config.yaml").write_text((old / "config.yaml").read_text().replace("site: residual", ""))
-    with pytest.raises(ValueError, match="does not say where the activations are .*hook.site is missing"):
+    with pytest.raises(ValueError, match=r"does not say where the activations are .*hook\.site is missing"):
         open_runs([old])

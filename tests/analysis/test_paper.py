@@ -49,8 +49,8 @@ def curves_of(axes):
     found = {}
     for label, style in STYLES.items():
         own = [line for line in axes.lines if line.get_color() == style.color]
-        points = [list(zip(*line.get_data())) for line in own if line.get_linestyle() == "-"]
-        markers = [list(zip(*line.get_data())) for line in own if line.get_marker() == style.marker]
+        points = [list(zip(*line.get_data(), strict=True)) for line in own if line.get_linestyle() == "-"]
+        markers = [list(zip(*line.get_data(), strict=True)) for line in own if line.get_marker() == style.marker]
         if own:
             found[label] = (*points, *markers)
     return found
@@ -62,7 +62,7 @@ def test_every_run_is_a_marker_and_lines_go_through_means(sweep, key):
     records = grid(LABELS, hooks=hooks)
     figure = draw_curves(load_runs([sweep(*records)]), key)
     assert set(panels(figure)) == {"residual, layer 3", "mlp, layer 1"}
-    for hook, title in zip(hooks, ("residual, layer 3", "mlp, layer 1")):
+    for hook, title in zip(hooks, ("residual, layer 3", "mlp, layer 1"), strict=True):
         axes = panels(figure)[title]
         assert axes.get_xscale() == "log"
         assert axes.get_yscale() == {"delta_lm_loss": "log", "fvu": "log", "fraction_above_1pct": "log",
@@ -84,7 +84,7 @@ def test_panels_stand_by_site_and_layer_and_share_axes(sweep):
     at = panels(figure)
     rows = [["residual, layer 3", "residual, layer 9", "residual, layer 10"], ["mlp, layer 3"],
             ["attention, layer 3", "attention, layer 10"], ["my_site, layer 3"]]
-    assert list(at) == sum(rows, [])
+    assert list(at) == [title for row in rows for title in row]
     tops = [{round(at[title].get_position().y1, 6) for title in row} for row in rows]
     assert all(len(top) == 1 for top in tops) and [max(top) for top in tops] == sorted(map(max, tops), reverse=True)
     left = {layer: {round(axes.get_position().x0, 6) for title, axes in at.items() if title.endswith(f" {layer}")}
@@ -106,8 +106,9 @@ def test_shares_are_in_percent_and_zero_is_drawn(sweep):
     assert curves_of(axes)["topk"][1][0] == (records[0]["l0"], 0.0)
     assert axes.get_yscale() == "symlog" and axes.get_ylim()[0] == 0
     ticks = axes.get_yticks()
-    assert [axes.yaxis.get_major_formatter()(tick) for tick in ticks][0] == "0"
-    assert [float(axes.yaxis.get_major_formatter()(tick)) for tick in ticks] == pytest.approx([100 * t for t in ticks])
+    labels = [axes.yaxis.get_major_formatter()(tick) for tick in ticks]
+    assert labels[0] == "0"
+    assert [float(label) for label in labels] == pytest.approx([100 * t for t in ticks])
     assert notes_on_curves(runs) == []
 
 
@@ -121,7 +122,8 @@ def test_a_metric_that_no_run_has_is_not_drawn_and_the_reason_said(sweep, tmp_pa
     assert "fig_delta_lm_loss: not drawn: no run has delta_lm_loss above 0" in lines
     assert "fig_cost: not drawn: no run has seconds_training" in lines
     assert "fig_frequencies: not drawn: no latents.csv beside the records of L0 target 40" in lines
-    assert "fig_thresholds: not drawn: no thresholds.json beside the records; python -m analysis.thresholds RUN writes it" in lines
+    assert ("fig_thresholds: not drawn: no thresholds.json beside the records; "
+            "python -m analysis.thresholds RUN writes it") in lines
     assert set(result.files) == set(FIGURES) - {"r_l0", "delta_lm_loss", "cost", "frequencies", "thresholds"}
     drawn = {f"fig_{name}.{suffix}" for name in result.files for suffix in ("png", "svg")}
     assert {path.name for path in (tmp_path / "figures").iterdir()} == drawn
@@ -154,7 +156,7 @@ def test_failed_runs_are_left_out_and_said(sweep, tmp_path):
     ("lm", "gemma2_2b", "mlp.1"), ("d_sae", 8192, "mlp.1"), ("n_tokens", 2_000_000, "mlp.1"),
     ("data_id", "other", "residual.3"), ("d_in", 128, "residual.3"), ("lm", None, "residual.3")])
 def test_incompatible_runs_are_refused_with_the_reason(sweep, key, other, hook):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"{key} differs: ") as error:
         load_runs([sweep(record(), record("jumprelu", hook=hook, **{key: other}))])
     assert f"{key} differs: " in str(error.value)
     assert f"{record()[key]} (sweep/job000)" in str(error.value) and f"{other} (sweep/job001)" in str(error.value)
@@ -167,7 +169,7 @@ def test_places_may_have_data_and_widths_of_their_own(sweep):
 
 
 def test_a_hook_that_is_no_site_and_layer_is_refused(sweep):
-    with pytest.raises(ValueError, match="hook of sweep/job000 is 'residual'; <site>.<layer> is expected"):
+    with pytest.raises(ValueError, match=r"hook of sweep/job000 is 'residual'; <site>\.<layer> is expected"):
         load_runs([sweep(record(hook="residual"))])
 
 
@@ -194,7 +196,7 @@ def test_a_curve_is_of_the_config_of_most_runs(sweep):
 
 def test_configs_of_as_many_runs_are_refused(sweep):
     kernels = [record("jumprelu", 20, **{"sae.kernel": name}) for name in ("rectangle", "gaussian")]
-    with pytest.raises(ValueError, match="jumprelu have 2 configs, which differ in sae.kernel; none is that of most"):
+    with pytest.raises(ValueError, match=r"jumprelu have 2 configs, which differ in sae\.kernel; none is that of most"):
         load_runs([sweep(*kernels)])
 
 
@@ -223,8 +225,10 @@ def test_the_second_form_of_gated_has_a_style_of_its_own_everywhere():
     assert len(set(looks.values())) == len(STYLES) + 20 and len({looks[label].marker for label in LABELS}) == 5
 
 
-THRESHOLDS = {"hook": "residual.3", "l0": 39.8, "d_sae": 131072, "bandwidth": 0.01, "kernel": "epanechnikov", "n_rows": 2_000_000,
-              "latents": [{"latent": 131071 - i, "frequency": 0.1267, "threshold": 0.03, "thresholds": [0.01 * j for j in range(9)],
+THRESHOLDS = {"hook": "residual.3", "l0": 39.8, "d_sae": 131072, "bandwidth": 0.01, "kernel": "epanechnikov",
+              "n_rows": 2_000_000,
+              "latents": [{"latent": 131071 - i, "frequency": 0.1267, "threshold": 0.03,
+                           "thresholds": [0.01 * j for j in range(9)],
                            "loss": [2e-5 * 10.0**-i * (j - 4) ** 2 for j in range(9)],
                            "gradient": [-2e-3 * 10.0**-i * (4 - j) for j in range(9)]} for i in range(3)]}
 

@@ -38,21 +38,25 @@ def latents(seed, n=400, dead=0.1):
 
 
 def test_the_advantage_at_each_l0_with_its_interval(sweep):
-    factors = {"topk": {10: 1.25, 40: 0.8}, "gated": {10: 2.0, 40: 2.0}, "gated_ri_l1": {10: 1.6, 40: 2.5}, "jumprelu": {}}
-    records = [record(label, target, seed, l0=target, fvu=factor.get(target, 1) / target * (1 + 0.01 * seed * (label == "topk")))
+    factors = {"topk": {10: 1.25, 40: 0.8}, "gated": {10: 2.0, 40: 2.0}, "gated_ri_l1": {10: 1.6, 40: 2.5},
+               "jumprelu": {}}
+    records = [record(label, target, seed, l0=target,
+                      fvu=factor.get(target, 1) / target * (1 + 0.01 * seed * (label == "topk")))
                for label, factor in factors.items() for target in (10, 40) for seed in range(3)]
     (axes,) = (figure := FIGURES["advantage"](load_runs([sweep(*records)]))).axes  # none of them has a delta LM loss
     assert axes.get_title(loc="left") == "FVU: JumpReLU / other"
     mean = 1.01 * 1.02
-    expected = {"topk": [0.8 / mean ** (1 / 3), 1.25 / mean ** (1 / 3)], "gated": [1 / 1.6, 1 / 2]}  # Gated's better form
+    expected = {"topk": [0.8 / mean ** (1 / 3), 1.25 / mean ** (1 / 3)],
+                "gated": [1 / 1.6, 1 / 2]}  # Gated's better form
     for label, ratios in expected.items():
         own = [line for line in axes.lines if line.get_color() == STYLES[label].color]
         (means,) = (line for line in own if line.get_marker() == STYLES[label].marker)
-        at = [at for at, _ in zip(*means.get_data())]
-        drawn = [ratio for x, ratio in zip(*means.get_data()) if min(abs(x / target - 1) for target in (10, 40)) < 0.03]
-        assert len(at) == 3 and drawn == pytest.approx(ratios, rel=1e-6)  # at 20 between the two
+        points = list(zip(*means.get_data(), strict=True))
+        drawn = [ratio for x, ratio in points if min(abs(x / target - 1) for target in (10, 40)) < 0.03]
+        assert len(points) == 3 and drawn == pytest.approx(ratios, rel=1e-6)  # at 20 between the two
         bars = [line.get_ydata() for line in own if line is not means]
-        assert len(bars) == 3 and all(low <= middle <= high for (low, high), middle in zip(bars, means.get_ydata()))
+        assert len(bars) == 3
+        assert all(low <= middle <= high for (low, high), middle in zip(bars, means.get_ydata(), strict=True))
     assert any("3 pairs" in text.get_text() for text in figure.texts)
 
 
@@ -130,7 +134,7 @@ def test_a_missing_latents_file_and_a_missed_target_are_said(sweep):
 def test_a_latents_file_of_another_kind_is_an_error(sweep, text):
     folder = sweep(record())
     (folder / "job000" / "latents.csv").write_text(text)
-    with pytest.raises(ValueError, match="job000/latents.csv has no frequencies: .*evaluate that run again"):
+    with pytest.raises(ValueError, match=r"job000/latents\.csv has no frequencies: .*evaluate that run again"):
         draw_frequencies(load_runs([folder]))
 
 
@@ -157,7 +161,7 @@ def test_windows_are_what_the_straight_through_estimators_compute():
 
 
 def test_windows_have_one_area_and_one_variance():
-    for axes, area in zip(draw_windows().axes[1::2], (THRESHOLD, 1.0)):
+    for axes, area in zip(draw_windows().axes[1::2], (THRESHOLD, 1.0), strict=True):
         for curve in axes.lines:
             z, drawn = curve.get_data()
             assert -np.trapezoid(drawn, z) == pytest.approx(area, rel=2e-3)
@@ -182,7 +186,7 @@ def test_cost_is_of_the_step_where_it_was_measured(sweep):
     assert [text.get_text() for text in axes.texts] == ["1.79", "1.65"]
     assert any("d_in 384" in text.get_text() and "L0 40" in text.get_text() for text in figure.texts)
     (folder / "step.json").write_text(json.dumps(STEP))
-    with pytest.raises(ValueError, match="there are 2 step.json"):
+    with pytest.raises(ValueError, match=r"there are 2 step\.json"):
         FIGURES["cost"](runs)
 
 
@@ -191,6 +195,6 @@ def test_cost_is_of_the_step_where_it_was_measured(sweep):
 def test_a_step_file_of_another_kind_is_an_error(sweep, text):
     folder = sweep(record())
     (folder / "step.json").write_text(text)
-    with pytest.raises(ValueError, match="step.json is not the JSON line of benchmarks step") as error:
+    with pytest.raises(ValueError, match=r"step\.json is not the JSON line of benchmarks step") as error:
         FIGURES["cost"](load_runs([folder]))
     assert "\n" not in str(error.value)

@@ -38,7 +38,8 @@ def test_the_claims_are_judged_and_nothing_is_left_out():
 
 def test_the_table_of_each_language_model_alone_is_the_commands():
     lines = [line.split() for line in format_by_lm(judge_by_lm(Evidence([RESULTS]))).splitlines()]
-    header, *rows = re.findall(r"^\| (claim|C\d+) \| ([^|]*) \| ([^|]*) \|$", (RESULTS / "README.md").read_text(), re.MULTILINE)
+    page = (RESULTS / "README.md").read_text()
+    header, *rows = re.findall(r"^\| (claim|C\d+) \| ([^|]*) \| ([^|]*) \|$", page, re.MULTILINE)
     assert list(header[1:]) == lines[1] and [" ".join(row).split() for row in rows] == lines[2:]
 
 
@@ -53,7 +54,8 @@ def test_the_table_of_all_places_says_what_the_records_say():
         r"^\| (\w+\.\d), (\d+) \|(.*)\|$", (RESULTS / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == 18 + 5
     for place, target, cells in rows:
-        sweep = "neox_1024" if place == "residual.2" else "width_1024"  # the built-in one is trained on at layers 1, 3, 5
+        # The built-in one is trained on at layers 1, 3, 5.
+        sweep = "neox_1024" if place == "residual.2" else "width_1024"
         for label, cell in zip(labels, cells.split("|"), strict=True):
             record = json.loads((RESULTS / f"{sweep}/{place}/{label}-l0_{target}-seed_0" / RECORD).read_text())
             missed = f" (at L0 {record['l0']:.1f})" if record["l0_missed"] else ""

@@ -37,7 +37,8 @@ def test_jumprelu_beats_the_best_relu_where_the_latent_is_sparse_enough():
 
 
 def test_command_writes_what_claims_reads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(theory, "estimate", lambda: {"analytic": 1.0, "n_samples": 5, "estimates": [[0.1, 1.0, 0.1, 0.3]]})
+    found = {"analytic": 1.0, "n_samples": 5, "estimates": [[0.1, 1.0, 0.1, 0.3]]}
+    monkeypatch.setattr(theory, "estimate", lambda: found)
     theory.main([str(tmp_path)])
     assert json.loads((tmp_path / "ste.json").read_text())["analytic"] == 1.0
     assert "best ReLU" in capsys.readouterr().out

@@ -37,7 +37,8 @@ def test_against_the_whole_sae_with_that_threshold(sae):
         latents = sae.encode(x)
         error = x - sae.decode(latents)
         whole.append(error.square().sum(1).mean().item() + COEFFICIENT * (latents > 0).sum(1).float().mean().item())
-        # The paper's pseudo-derivatives, (theta / eps) K of the latent and (1 / eps) K of the step, times what they lead to.
+        # The paper's pseudo-derivatives, (theta / eps) K of the latent and (1 / eps) K of the step, times what they
+        # lead to.
         z = x @ sae.W_enc[:, LATENT] + sae.b_enc[LATENT]
         in_window = ((z - threshold).abs() < BANDWIDTH / 2) / BANDWIDTH
         slopes.append((in_window * (2 * threshold * (error @ direction) - COEFFICIENT)).mean().item())
@@ -55,7 +56,8 @@ def test_slope_over_a_window():
 def test_from_a_run_to_its_figure(trained, tmp_path, capsys):
     run = tmp_path / "sweep" / "jumprelu"
     shutil.copytree(trained / "jumprelu", run)
-    with pytest.raises(NotMeasured, match="no thresholds.json beside the records; python -m analysis.thresholds RUN"):
+    said = r"no thresholds\.json beside the records; python -m analysis\.thresholds RUN"
+    with pytest.raises(NotMeasured, match=said):
         FIGURES["thresholds"](load_runs([run]))
     thresholds.main([str(run)])
     assert "trained threshold" in capsys.readouterr().out
@@ -66,10 +68,10 @@ def test_from_a_run_to_its_figure(trained, tmp_path, capsys):
     assert len(figure.axes) == 2 * len(thresholds.QUANTILES)
 
     shutil.copytree(run, run.parent / "again")
-    with pytest.raises(NotMeasured, match="there are 2 thresholds.json"):
+    with pytest.raises(NotMeasured, match=r"there are 2 thresholds\.json"):
         FIGURES["thresholds"](load_runs([run.parent]))
     (run / "thresholds.json").write_text('{"latents": [], "bandwidth": 1}')
-    with pytest.raises(ValueError, match="is not what analysis.thresholds writes: .*at least one latent"):
+    with pytest.raises(ValueError, match=r"is not what analysis\.thresholds writes: .*at least one latent"):
         FIGURES["thresholds"](load_runs([run]))
 
 

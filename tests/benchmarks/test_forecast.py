@@ -22,16 +22,19 @@ def test_flops_by_hand_with_a_gradient_that_is_asked_for():
 def test_phases_of_a_run(enter, tmp_path, monkeypatch, capfd):
     np.save(tmp_path / "rows.npy", np.random.default_rng(0).normal(size=(2000, 16)).astype("float32"))
     for name in forecast._PHASES:
-        monkeypatch.setattr(running_job, name, getattr(running_job, name))  # what forecast puts there is taken away again
+        # What forecast puts there is taken away again.
+        monkeypatch.setattr(running_job, name, getattr(running_job, name))
     overrides = ["data=file", f"data.path={tmp_path / 'rows.npy'}", "d_sae=64", "l0_target=4", "recipe.n_steps=20",
-                 "recipe.batch_size=64", "trainer.accelerator=cpu", "trainer.progress_bar=false", f"output_dir={tmp_path}"]
+                 "recipe.batch_size=64", "trainer.accelerator=cpu", "trainer.progress_bar=false",
+                 f"output_dir={tmp_path}"]
     planned = {phase: {"seconds": 2.0, "host_bytes": 10**9, "flops": 1.0} for phase in ("training", "evaluation")}
 
     def output(*arguments):
         if "sae_zoo.plan" in arguments:
             assert arguments[2:-1] == tuple(overrides)
             return json.dumps({"phases": planned})
-        main = types.SimpleNamespace(__name__="forecast", main=lambda: forecast._train(tmp_path / "found.json", overrides))
+        main = types.SimpleNamespace(
+            __name__="forecast", main=lambda: forecast._train(tmp_path / "found.json", overrides))
         assert enter(main)[0] == 0
         (type(tmp_path)(arguments[2])).write_text((tmp_path / "found.json").read_text())
         return ""
@@ -47,5 +50,5 @@ def test_phases_of_a_run(enter, tmp_path, monkeypatch, capfd):
 
 
 def test_what_failed_is_said_in_its_own_words():
-    with pytest.raises(ValueError, match="failed: .*no_such_module"):
+    with pytest.raises(ValueError, match=r"failed: .*no_such_module"):
         forecast._output("-m", "no_such_module")

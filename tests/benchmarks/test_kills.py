@@ -13,8 +13,8 @@ from sae_zoo.config import compose_config
 def test_one_kill():
     """Many more, and of the other entry points, by hand: python -m benchmarks kills."""
     done = subprocess.run([sys.executable, "-m", "benchmarks", "kills", "train", "--kills", "1"], text=True,
-                          capture_output=True, cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          timeout=600)
+                          capture_output=True, cwd=Path(__file__).parents[2],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train: 1 kills in" in done.stdout and " 0 failed, 0 files differ" in done.stdout
 

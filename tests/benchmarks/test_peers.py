@@ -86,7 +86,7 @@ def spoil(name, factor):
 ])
 def test_weights_that_are_not_what_the_peer_uses_are_refused(tmp_path, variant, name, factor):
     export(tmp_path, variant, True, change=spoil(name, factor))
-    with pytest.raises(ValueError, match="differ from the peer's own in .* of 64 rows.*nothing is scored"):
+    with pytest.raises(ValueError, match=r"differ from the peer's own in .* of 64 rows.*nothing is scored"):
         read_export(tmp_path)
 
 
@@ -198,7 +198,7 @@ def test_a_failed_run_is_said_in_one_line_and_ends_nothing(tiny):
 
 
 def test_a_peer_that_is_absent_says_why(tiny):
-    with pytest.raises(PeerAbsent, match="not installed in .*sae-lens; run python -m benchmarks install"):
+    with pytest.raises(PeerAbsent, match=r"not installed in .*sae-lens; run python -m benchmarks install"):
         Worker("sae-lens", tiny, threads=None)
     (tiny / "tiny_worker.py").write_text("import a_package_that_is_not_there")
     with pytest.raises(PeerAbsent, match=r"it does not start: the worker of tiny has ended; see .*tiny\.log"):
@@ -230,7 +230,7 @@ def test_a_peer_trains_and_is_read_back_exactly(name, tmp_path):
     np.save(tmp_path / "check.npy", np.load(tmp_path / "rows.npy")[:64])
     shape = {"d_sae": 48, "batch": 64}
     with Worker(name, peers_dir, threads=1) as worker:
-        assert list(worker.versions)[0] == name and worker.versions["torch"].startswith("2.13.0")
+        assert next(iter(worker.versions)) == name and worker.versions["torch"].startswith("2.13.0")
         for variant, control in worker.variants.items():
             sparsity = control.get("start", 4)
             worker.time_setup(variant, tmp_path / "rows.npy", **shape, l0=4)

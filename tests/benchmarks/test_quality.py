@@ -128,7 +128,7 @@ def test_a_coefficient_is_searched_at_every_rate_and_every_seed_is_matched():
 
 
 def result(*fvus):
-    return {"at": {str(t): {"fvu": fvu, "delta_lm_loss": fvu} for t, fvu in zip((20, 40), fvus)}}
+    return {"at": {str(t): {"fvu": fvu, "delta_lm_loss": fvu} for t, fvu in zip((20, 40), fvus, strict=True)}}
 
 
 def test_ratios_are_to_the_better_of_the_rivals():
@@ -269,7 +269,7 @@ def test_quality_and_frontier_from_the_command_line(cache, tmp_path, capsys):
 def test_the_cache_is_found_or_named(cache, tmp_path):
     assert find_cache(None, cache.path.parent).cache_id == cache.cache_id
     assert find_cache(str(cache.path)).cache_id == cache.cache_id
-    with pytest.raises(ValueError, match="there is no cache in .*make the README's by"):
+    with pytest.raises(ValueError, match=r"there is no cache in .*make the README's by"):
         find_cache(None, tmp_path)
     (tmp_path / "a").symlink_to(cache.path)
     (tmp_path / "b").symlink_to(cache.path)

@@ -25,7 +25,8 @@ def last_line(capsys):
 
 
 def test_step(capsys, tmp_path):
-    main(["step", "--shape", SHAPE, "--variants", "jumprelu,matryoshka", "--rounds", "3", "--threads", "1", "--peers-dir", str(tmp_path), "--json"])
+    main(["step", "--shape", SHAPE, "--variants", "jumprelu,matryoshka", "--rounds", "3", "--threads", "1",
+          "--peers-dir", str(tmp_path), "--json"])
     result = last_line(capsys)
     assert result["shape"] == [16, 64, 128, 6] and result["encoder_gemm_ms"] > 0
     assert set(result["variants"]) == {"jumprelu", "matryoshka"}

@@ -99,7 +99,8 @@ def test_every_row_is_found_once_with_its_token(tmp_path_factory, n_train, n_tes
         sequences = torch.cat([shard["sequences"] for shard in shards])
         positions = torch.cat([shard["positions"] for shard in shards])
         where = {place: i for i, place in enumerate(map(tuple, packed[split].keep.nonzero().tolist()))}
-        i = torch.tensor([where[place] for place in zip(sequences.tolist(), positions.tolist())])
+        places = zip(sequences.tolist(), positions.tolist(), strict=True)
+        i = torch.tensor([where[place] for place in places])
         assert sorted(i.tolist()) == list(range(n))
         stored = torch.cat([shard["activations"] for shard in shards])
         assert stored.dtype == getattr(torch, dtype)
@@ -145,7 +146,7 @@ def test_two_builds_give_the_same_bytes_however_rows_arrive(built, tmp_path, mon
 
 
 def test_seed_decides_the_order_and_aligns_caches(built, tmp_path):
-    cache, packed, _ = built
+    cache, _, _ = built
     reversed_rows = {split: torch.arange(n * 2.0).reshape(n, 2) for split, n in N_ROWS.items()}
     other_hook = harvest(tmp_path, d_in=2, activations=reversed_rows)[0]
     other_seed = harvest(tmp_path, seed=1)[0]
@@ -196,9 +197,9 @@ def test_appended_rows_must_be_finite(tmp_path, bad):
 
 
 def test_rows_must_fit_the_dtype(tmp_path):
-    with writer_for(tmp_path, dtype="float16") as writer:
-        with pytest.raises(ValueError, match="row 0 is too large for float16"):
-            append_rows(writer, "train", 2, torch.full((2, 2), 1e5))
+    with (writer_for(tmp_path, dtype="float16") as writer,
+          pytest.raises(ValueError, match="row 0 is too large for float16")):
+        append_rows(writer, "train", 2, torch.full((2, 2), 1e5))
 
 
 def test_a_build_of_bad_rows_leaves_nothing(tmp_path):
@@ -359,7 +360,7 @@ def test_a_shard_that_shrinks_while_it_is_in_use_is_an_error(copied):
     for shard in (copied / "train").iterdir():
         os.truncate(shard, 200)
         shard.write_bytes(shard.read_bytes())
-    with pytest.raises(ValueError, match="ends too early|cannot be read"):
+    with pytest.raises(ValueError, match=r"ends too early|cannot be read"):
         list(batches)
 
 
@@ -420,7 +421,7 @@ def test_every_pass_has_every_row_once_in_a_new_order(built):
 def test_slices_of_ranks_make_the_global_batch(built, world_size):
     arguments = {"n_batches": 14, "seed": 5}
     ranks = [built[0].batches("train", 36, rank=rank, world_size=world_size, **arguments) for rank in range(world_size)]
-    for parts, whole in zip(zip(*ranks), built[0].batches("train", 36, **arguments), strict=True):
+    for parts, whole in zip(zip(*ranks, strict=True), built[0].batches("train", 36, **arguments), strict=True):
         assert torch.equal(torch.cat(parts), whole)
 
 

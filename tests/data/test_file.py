@@ -49,7 +49,7 @@ def test_fortran_order_and_named_tensors(tmp_path):
     assert torch.equal(all_rows(FileActivations(str(tmp_path / "f.npy"))), ROWS)
     save_file({"mlp": ROWS, "attention": ROWS + 1}, tmp_path / "two.safetensors")
     assert torch.equal(all_rows(FileActivations(f"{tmp_path}/two.safetensors::attention")), ROWS + 1)
-    with pytest.raises(ValueError, match="holds 2 tensors .*choose one by .*two.safetensors::name"):
+    with pytest.raises(ValueError, match=r"holds 2 tensors .*choose one by .*two\.safetensors::name"):
         FileActivations(str(tmp_path / "two.safetensors"))
     with pytest.raises(ValueError, match="no tensor 'resid'; it has"):
         FileActivations(f"{tmp_path}/two.safetensors::resid")
@@ -60,11 +60,11 @@ def test_fortran_order_and_named_tensors(tmp_path):
 def test_splits_are_a_partition_in_order(tmp_path_factory, n, fraction):
     rows = torch.arange(n * 2.0).reshape(n, 2)
     path = save(tmp_path_factory.mktemp("x") / "a.npy", rows)
-    try:
-        data = FileActivations(path, heldout_fraction=fraction)
-    except ValueError as error:
-        assert "too few rows" in str(error) and not 2 <= round(n * fraction) < n
+    if not 2 <= round(n * fraction) < n:
+        with pytest.raises(ValueError, match="too few rows"):
+            FileActivations(path, heldout_fraction=fraction)
         return
+    data = FileActivations(path, heldout_fraction=fraction)
     assert torch.equal(all_rows(data), rows)
     assert data.n_rows("validation") + data.n_rows("test") == round(n * fraction)
     assert 0 <= data.n_rows("test") - data.n_rows("validation") <= 1
@@ -77,11 +77,11 @@ def test_a_second_file_is_held_out(tmp_path):
     assert torch.equal(data.rows("validation", 0, 4), ROWS[:4] + 5)
     assert torch.equal(data.rows("test", 0, 5), ROWS[4:9] + 5)
     assert data.mean_squared_norm == pytest.approx(float(ROWS.double().square().sum()) / 103)
-    with pytest.raises(ValueError, match="rows of 2 numbers, .*a.npy of 6"):
+    with pytest.raises(ValueError, match=r"rows of 2 numbers, .*a\.npy of 6"):
         FileActivations(train, heldout_path=save(tmp_path / "c.npy", ROWS[:, :2].contiguous()))
     bad = ROWS.clone()
     bad[7, 0] = torch.nan
-    with pytest.raises(ValueError, match="d.npy holds NaN or inf .*row 7;"):
+    with pytest.raises(ValueError, match=r"d\.npy holds NaN or inf .*row 7;"):
         FileActivations(train, heldout_path=save(tmp_path / "d.npy", bad))
 
 
@@ -114,7 +114,7 @@ def test_passes_and_seeds_differ_and_ranks_share(tmp_path):
     (other,) = data.batches("train", 93, n_batches=1, seed=1)
     assert not torch.equal(first, second) and not torch.equal(first, other)
     ranks = [data.batches("train", 40, n_batches=7, seed=0, rank=rank, world_size=2) for rank in range(2)]
-    for parts, whole in zip(zip(*ranks), data.batches("train", 40, n_batches=7, seed=0), strict=True):
+    for parts, whole in zip(zip(*ranks, strict=True), data.batches("train", 40, n_batches=7, seed=0), strict=True):
         assert torch.equal(torch.cat(parts), whole)
 
 
@@ -172,7 +172,7 @@ def test_bad_requests(tmp_path):
     for fraction in (0.0, 1.0, -0.5):
         with pytest.raises(ValueError, match=f"heldout_fraction is {fraction}; it must be between 0 and 1"):
             FileActivations(path, heldout_fraction=fraction)
-    with pytest.raises(ValueError, match="only a .safetensors file has named tensors; leave ::x out"):
+    with pytest.raises(ValueError, match=r"only a \.safetensors file has named tensors; leave ::x out"):
         FileActivations(path + "::x")
     data = FileActivations(path)
     with pytest.raises(ValueError, match="split 'dev' is unknown"):

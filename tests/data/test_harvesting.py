@@ -30,7 +30,8 @@ def lm(text, tiny_gemma2, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def caches(lm, text, tmp_path_factory):
-    hooks = [resolve_hook(lm.model, "auto", layer, site) for layer, site in ((1, "residual"), (1, "attention"), (2, "mlp"))]
+    hooks = [resolve_hook(lm.model, "auto", layer, site)
+             for layer, site in ((1, "residual"), (1, "attention"), (2, "mlp"))]
     root = tmp_path_factory.mktemp("cache")
     corpus = TextFilesCorpus(paths=str(text))
     return hooks, root, corpus, harvest(lm, "tiny", hooks, corpus, HarvestSpec(**SPEC), root=root, batch_size=4,
@@ -83,17 +84,19 @@ def test_too_small_a_disk_is_said_before_the_work(lm, caches, text, tmp_path, mo
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr("sae_zoo.data.harvesting.CacheWriter", None)
     with pytest.raises(ValueError, match=r"needs 0\.00 GB, but only 0\.00 GB are free"):
-        harvest(lm, "tiny", caches[0][:1], caches[2], HarvestSpec(**SPEC), root=tmp_path, batch_size=4, progress_bar=False)
+        harvest(lm, "tiny", caches[0][:1], caches[2], HarvestSpec(**SPEC), root=tmp_path, batch_size=4,
+                progress_bar=False)
 
 
 def test_a_cache_of_another_width_than_the_hook_point_is_refused(lm, caches, tmp_path):
     """A cache that was put where that of another hook point belongs."""
-    hooks, root, corpus, made = caches
+    hooks, _, corpus, made = caches
     theirs, ours = made["residual.1"], made["attention.1"]
     folder = shutil.copytree(theirs.path, tmp_path / ours.cache_id)
     manifest = theirs.manifest | {"cache_id": ours.cache_id}
     (folder / "manifest.json").write_text(json.dumps(manifest | {"digest": manifest_digest(manifest)}))
-    with pytest.raises(ValueError, match="has rows of 24 numbers, but the hook point gives 32; it belongs to another") as error:
+    with pytest.raises(
+            ValueError, match="has rows of 24 numbers, but the hook point gives 32; it belongs to another") as error:
         harvest(lm, "tiny", [hooks[1]], corpus, HarvestSpec(**SPEC), root=tmp_path, batch_size=4, progress_bar=False)
     assert "\n" not in str(error.value)
 
@@ -119,12 +122,13 @@ def test_an_interrupted_harvest_reads_on_where_it_was(lm, caches, tmp_path, monk
     read = torch.cat([tokens for tokens in passes if tokens is not None])
     assert torch.equal(read, torch.cat([made["mlp.2"].tokens(split) for split in SPEC["n_tokens"]]))  # none of it twice
     for name, cache in again.items():
-        files = [{f.relative_to(c.path): f.read_bytes() for f in c.path.rglob("*") if f.is_file()} for c in (cache, made[name])]
+        files = [{f.relative_to(c.path): f.read_bytes() for f in c.path.rglob("*") if f.is_file()}
+                 for c in (cache, made[name])]
         assert files[0] == files[1]
 
 
 def test_bad_splits():
-    with pytest.raises(ValueError, match="data.n_tokens has train; it needs exactly train, validation, test"):
+    with pytest.raises(ValueError, match=r"data\.n_tokens has train; it needs exactly train, validation, test"):
         HarvestSpec(**SPEC | {"n_tokens": {"train": 5}})
 
 
@@ -133,7 +137,7 @@ def test_bad_splits():
 
 def test_too_few_documents_are_counted(lm, tmp_path):
     (tmp_path / "book.txt").write_text("the same words again and again " * 500)
-    with pytest.raises(ValueError, match="corpus has no .* document: it has 1 document and is split by document"):
+    with pytest.raises(ValueError, match=r"corpus has no .* document: it has 1 document and is split by document"):
         packed_of(lm, tmp_path)
 
 
@@ -160,6 +164,6 @@ def test_fewer_held_out_tokens_than_two_rows_are_refused(lm, tmp_path):
 def packed_of(lm, folder, **n_tokens):
     corpus = TextFilesCorpus(paths=str(folder))
     corpus.fingerprint()
-    spec = HarvestSpec(context_size=16, n_tokens={"train": 300, "validation": 40, "test": 40, **n_tokens}, dtype="float32",
-                       rows_per_shard=100, seed=0)
+    spec = HarvestSpec(context_size=16, n_tokens={"train": 300, "validation": 40, "test": 40, **n_tokens},
+                       dtype="float32", rows_per_shard=100, seed=0)
     return _pack(corpus, lm, spec)

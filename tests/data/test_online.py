@@ -141,7 +141,8 @@ def test_going_on_costs_a_dozen_buffers_or_so(make, forwarded):
         next(iter(batches))
         activations._train.thread.submit(lambda: None).result()  # what runs ahead
         read = sum(len(tokens) for tokens in forwarded) * 15
-        assert read <= min(50 * step + 60, 15 * 60) + 50 + (2 + 2) * 4 * 15, step  # a batch; passes ahead and at both ends
+        # A batch; passes ahead and at both ends.
+        assert read <= min(50 * step + 60, 15 * 60) + 50 + (2 + 2) * 4 * 15, step
 
 
 def test_no_more_text_is_read_than_is_drawn_and_waits(make, forwarded):
@@ -204,15 +205,15 @@ def test_processes_share_the_text(make, cache):
 
 
 def test_what_is_wrong_is_one_line(make, place):
-    with pytest.raises(ValueError, match="data.buffer_rows is 0; it must be at least 1"):
+    with pytest.raises(ValueError, match=r"data\.buffer_rows is 0; it must be at least 1"):
         take(make(buffer_rows=0), 1)
-    with pytest.raises(ValueError, match="batch_size is 9999, but train of tiny-.* has only"):
+    with pytest.raises(ValueError, match=r"batch_size is 9999, but train of tiny-.* has only"):
         take(make(), 1, size=9999)
     activations, weight = make(), place[0].model.model.layers[0].mlp.down_proj.weight
     before = weight.clone()
     try:
         weight.fill_(float("nan"))
-        with pytest.raises(ValueError, match="train: token 1 of sequence [0-9]+ holds NaN or inf as float32") as error:
+        with pytest.raises(ValueError, match=r"train: token 1 of sequence [0-9]+ holds NaN or inf as float32") as error:
             take(activations, 1)
     finally:
         weight.copy_(before)
@@ -239,9 +240,10 @@ def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, enter, monkeypatch
         return honest(self, x, **kwargs)
 
     whole, _ = run("whole")
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="power cut"):
+    with monkeypatch.context() as patch:
         patch.setattr(TopKSAE, "loss", dies)
-        run("cut")
+        with pytest.raises(RuntimeError, match="power cut"):
+            run("cut")
     cut, printed = run("cut")
     assert "going on from" in printed
     for (name, a), b in zip(load_sae(whole).named_parameters(), load_sae(cut).parameters(), strict=True):

@@ -49,7 +49,7 @@ def fetched(monkeypatch):
     asked, honest = [], RemoteFolder.ranges
 
     def ranges(self, names, starts, stops):
-        asked.extend(zip(names, starts, stops))
+        asked.extend(zip(names, starts, stops, strict=True))
         return honest(self, names, starts, stops)
 
     monkeypatch.setattr(RemoteFolder, "ranges", ranges)
@@ -118,9 +118,10 @@ def test_large_files_come_in_ranges(local, bucket, tmp_path, fetched, monkeypatc
     cache = open_remote(bucket, tmp_path)
     fetched.clear()
     assert torch.equal(cache.rows("test", 0, 8), local.rows("test", 0, 8))
-    starts, stops = zip(*[(start, stop) for _, start, stop in fetched])
+    starts, stops = zip(*[(start, stop) for _, start, stop in fetched], strict=True)
     n_bytes = (local.path / "test/00000.safetensors").stat().st_size
-    assert starts == (0, *stops[:-1]) and stops[-1] == n_bytes and max(b - a for a, b in zip(starts, stops)) == 100
+    assert starts == (0, *stops[:-1]) and stops[-1] == n_bytes
+    assert max(b - a for a, b in zip(starts, stops, strict=True)) == 100
 
 
 def test_the_copy_stays_within_its_bound(local, bucket, tmp_path, monkeypatch):
@@ -184,7 +185,7 @@ def test_what_comes_with_other_bytes_never_counts(tmp_path, content):
 
 
 def test_names_of_copies_never_leave_the_folder(tmp_path):
-    with pytest.raises(ValueError, match="x has '../x' for its SHA-256; it must be 64 digits"):
+    with pytest.raises(ValueError, match=r"x has '\.\./x' for its SHA-256; it must be 64 digits"):
         Copies(tmp_path, 30).open("x", "../x", 1, lambda: [b"x"])
 
 
@@ -229,7 +230,8 @@ def test_two_processes_share_a_copy(local, tmp_path, files_that_fit):
         for process in both:
             process.stdin.write("go\n")
             process.stdin.flush()
-        sums, n_fetched, sizes = zip(*[map(float, process.communicate(timeout=60)[0].split()) for process in both])
+        told = [map(float, process.communicate(timeout=60)[0].split()) for process in both]
+        sums, n_fetched, sizes = zip(*told, strict=True)
     finally:
         for process in both:
             process.kill()
@@ -306,11 +308,11 @@ SMALL = ["data.n_tokens={train: 6000, validation: 2000, test: 2000}", "data.rows
 
 def test_a_run_trains_from_a_remote_cache(enter, tmp_path):
     at_home, away = tmp_path / "home", tmp_path / "away"
-    status, out, err = enter(train, f"output_dir={at_home}", *SMALL)
+    status, _, err = enter(train, f"output_dir={at_home}", *SMALL)
     assert status == 0, err
     (path,) = (file.parent for file in (at_home / "cache").glob("*/manifest.json"))
     remote_path = [f"output_dir={away}", f"data.remote.path={path.as_uri()}", "data.remote.copy_gb=1e-2"]
-    status, out, err = enter(train, *remote_path, *SMALL)
+    status, _, err = enter(train, *remote_path, *SMALL)
     assert status == 0, err
     (here,), (there,) = (list((root / "runs").rglob("record.json")) for root in (at_home, away))
     assert here.relative_to(at_home) == there.relative_to(away)  # it is the same run
@@ -328,6 +330,6 @@ def test_a_run_trains_from_a_remote_cache(enter, tmp_path):
         (["data.remote.copy_gb=1e-6"], "copies may take 1e-06 GB in all; allow more"),
         (["data.remote.path=5"], "data.remote.path is 5; it must be text or null"),
     ):
-        status, out, err = enter(train, "sweep=bad", *remote_path, *SMALL, *overrides)
+        status, _, err = enter(train, "sweep=bad", *remote_path, *SMALL, *overrides)
         *_, last = err.splitlines()
         assert status == 2 and last.startswith("sae_zoo.train: error: ") and re.search(message, last), err

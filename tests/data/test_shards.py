@@ -45,5 +45,5 @@ def test_a_file_that_ends_early_is_said_whichever_thread_finds_it(stored, tmp_pa
     rows, tensor = stored
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(tensor.file.path.read_bytes()[:-lost])
-    with pytest.raises(ValueError, match="cut.safetensors ends too early"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors ends too early"):
         tensor._replace(file=LocalFile(cut)).read_to(torch.empty_like(rows), np.arange(N))

@@ -197,7 +197,7 @@ def test_a_reconstruction_of_nan_is_reported_as_such():
     {"reconstruct": lambda x: x[:, :1]}, {"reconstruct": lambda x: x[:1]},
 ])
 def test_what_does_not_fit_is_refused(bad):
-    with pytest.raises(ValueError, match="shape|target"):
+    with pytest.raises(ValueError, match=r"shape|target"):
         metrics(**bad)
 
 

@@ -67,12 +67,13 @@ def test_latents_by_hand(tmp_path):
     assert math.isnan(summary.pop("l0_standard_error"))
     assert summary == {"l0": 3 / 8, "dead_fraction": 0.5, "fraction_above_1pct": 0.5, "fraction_above_10pct": 0.5}
     counts.write_csv(tmp_path / "latents.csv")
-    rows = list(csv.DictReader(open(tmp_path / "latents.csv")))
+    rows = list(csv.DictReader((tmp_path / "latents.csv").read_text().splitlines()))
     assert rows[1] == {"latent": "1", "frequency": "0.25", "mean_active_value": "3", "max_value": "4"}
 
 
 def test_the_error_of_l0_takes_neighbours_for_alike():
-    """Of 40 runs of 256 equal tokens: that of the mean of 40 values, not of 10,240; a part of a block at the end is left out."""
+    """Of 40 runs of 256 equal tokens: that of the mean of 40 values, not of 10,240; a part of a block at the end is
+    left out."""
     values = torch.rand(40, generator=torch.Generator().manual_seed(0)) > 0.5
     counts = LatentCounts(2)
     for value in values:

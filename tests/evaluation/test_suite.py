@@ -34,7 +34,8 @@ def sae() -> SAE:
 def score(sae, lm, tokens, layer=0):
     where = (lm, resolve_hook(lm.model, "auto", layer, "residual"), tokens, (0, 1))
     how = {"n_tokens": tokens.numel(), "batch_size": BATCH, "progress_bar": False}
-    return {**suite.score_in_lm(sae.reconstruct, *where, **how), "r_l0": suite.score_attribution(sae, *where, norm_bound=math.inf, **how)}
+    r_l0 = suite.score_attribution(sae, *where, norm_bound=math.inf, **how)
+    return {**suite.score_in_lm(sae.reconstruct, *where, **how), "r_l0": r_l0}
 
 
 def text(seed=0):

@@ -1,5 +1,6 @@
 """What can go wrong under a training run, through its entry point: one clear line, nothing finished lost."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -43,8 +44,9 @@ def run(acts, enter):
 
 def arguments(acts, output_dir):
     return ["data=file", f"data.path={acts}", "l0_target=4", "d_sae=64", f"recipe.n_steps={N_STEPS}", "sweep=s",
-            "recipe.batch_size=256", "trainer.progress_bar=false", "trainer.checkpoint_every=20", "trainer.accelerator=cpu",
-            "trainer.validation_every=20", "trainer.log_every_n_steps=7", f"output_dir={output_dir}"]
+            "recipe.batch_size=256", "trainer.progress_bar=false", "trainer.checkpoint_every=20",
+            "trainer.accelerator=cpu", "trainer.validation_every=20", "trainer.log_every_n_steps=7",
+            f"output_dir={output_dir}"]
 
 
 def results(output_dir, job="jumprelu-l0_4-seed_0"):
@@ -79,9 +81,9 @@ def at_step(monkeypatch, step, event):
 
 
 def fill(disk):
-    with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
-        while True:
-            file.write(b"0" * 1024)
+    with (open(disk / "filler", "wb", buffering=0) as file,
+          pytest.raises(OSError, match="No space left on device")):
+        file.writelines(itertools.repeat(b"0" * 1024))
 
 
 def checkpoints(output_dir):
@@ -90,7 +92,7 @@ def checkpoints(output_dir):
 
 def test_ctrl_c_once(run, tmp_path, monkeypatch, whole):
     at_step(monkeypatch, 33, lambda: os.kill(os.getpid(), signal.SIGINT))
-    status, lines, printed = run(tmp_path)
+    status, lines, _ = run(tmp_path)
     assert status == 130
     assert lines == ["sae_zoo.train: interrupted after step 34; the same command goes on from what is finished"]
     assert checkpoints(tmp_path) == ["000000020.ckpt", "000000034.ckpt"]

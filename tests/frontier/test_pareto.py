@@ -89,7 +89,7 @@ def test_front_of_curves_leaves_a_worse_curve_out_although_its_points_are_sparse
     assert pareto_front([*better, *worse])[4]  # by its points alone, (40, 0.33) would be on the front
     front = front_of_curves([better, worse])
     for l0, value in front:
-        assert value == pytest.approx(interpolate_at(*zip(*better), l0))
+        assert value == pytest.approx(interpolate_at(*zip(*better, strict=True), l0))
     assert set(better) <= set(front)
 
 
@@ -100,7 +100,7 @@ def test_front_of_crossing_curves_is_the_lower_one_of_each_side():
     assert min(l0 for l0, _ in front) == 10 and max(l0 for l0, _ in front) == 160
     for l0, value in front:
         below = flat if l0 < crossing else steep
-        assert value == pytest.approx(interpolate_at(*zip(*below), l0))
+        assert value == pytest.approx(interpolate_at(*zip(*below, strict=True), l0))
 
 
 def run(label, target, seed, **values):

@@ -67,7 +67,8 @@ def test_window_is_float32_under_bfloat16():
 
 
 def test_l0_gradient_estimates_the_expected_loss():
-    """One latent on x ~ N(0, 1): E[L] = E[x^2; x < theta] + lambda P(x > theta), dE[L]/dtheta = (theta^2 - lambda) phi(theta).
+    """One latent on x ~ N(0, 1): E[L] = E[x^2; x < theta] + lambda P(x > theta), so
+    dE[L]/dtheta = (theta^2 - lambda) phi(theta).
 
     Also on f instead of pre-activations, as two public ports do it, where the lower half of the window is lost.
     """

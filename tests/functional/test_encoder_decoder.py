@@ -35,7 +35,7 @@ def test_sparse_values_and_gradients_equal_automatic_ones_in_chunks(generator, m
     mask = full > 0.3
     upstream = torch.randn(int(mask.sum()), generator=generator).double()
     expected = torch.autograd.grad(full[mask], weights, upstream)
-    values, active = sparse_pre_acts(x - b_dec, W_enc, b_enc, b_dec, Above(0.3))
+    values, _ = sparse_pre_acts(x - b_dec, W_enc, b_enc, b_dec, Above(0.3))
     torch.testing.assert_close(values, full[mask])
     for a, b in zip(torch.autograd.grad(values, weights, upstream), expected, strict=True):
         torch.testing.assert_close(a, b)

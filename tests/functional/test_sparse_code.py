@@ -37,7 +37,8 @@ def test_products_equal_dense_ones(case):
 
 def test_active_set_from_counts():
     active = active_set(torch.tensor([2, 0, 1]), torch.tensor([2, 0, 1]), 4)
-    assert SparseCode(active, torch.tensor([1.0, 2.0, 3.0])).to_dense().tolist() == [[2, 0, 1, 0], [0] * 4, [0, 3, 0, 0]]
+    code = SparseCode(active, torch.tensor([1.0, 2.0, 3.0]))
+    assert code.to_dense().tolist() == [[2, 0, 1, 0], [0] * 4, [0, 3, 0, 0]]
 
 
 def test_decode_gradients_in_float64():

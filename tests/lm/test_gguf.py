@@ -66,7 +66,8 @@ def file(model, tmp_path_factory):
              "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
              "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
     state = model.state_dict()
-    tensors = {"token_embd.weight": state["model.embed_tokens.weight"], "output_norm.weight": state["model.norm.weight"]}
+    tensors = {"token_embd.weight": state["model.embed_tokens.weight"],
+               "output_norm.weight": state["model.norm.weight"]}
     for layer in range(2):
         for name, short in names.items():
             weight = state[f"model.layers.{layer}.{name}.weight"]
@@ -82,7 +83,7 @@ def file(model, tmp_path_factory):
 
 
 def error_of(path, tmp_path, **kwargs) -> str:
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(ValueError, match=r"\S") as info:
         load_lm(str(path), made=tmp_path, **kwargs)
     assert "\n" not in str(info.value)
     return str(info.value)
@@ -104,7 +105,8 @@ def test_a_gguf_file_is_converted_once_and_is_the_model_that_was_written(file, m
 
 def test_its_tokenizer_comes_along(file, tmp_path):
     tokenizer = load_lm(str(file), made=tmp_path).tokenizer
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token)
+    assert ends == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert tokenizer.convert_ids_to_tokens(tokenizer("th  3")["input_ids"]) == ["th", "ĠĠ", "3"]  # digits stand alone
     assert tokenizer.decode(tokenizer("Grün, 10  th", add_special_tokens=False)["input_ids"]) == "Grün, 10  th"
 
@@ -167,7 +169,7 @@ def test_auto_is_timed_once_and_kept(model, tmp_path, monkeypatch, caplog):
     assert choose_dtype("auto", model.config, "cuda", tmp_path / "gpu") == torch.bfloat16
     (kept,) = tmp_path.glob("dtype-*.json")
     kept.write_text("{}")
-    with pytest.raises(ValueError, match="does not say what lm.dtype auto was; delete it"):
+    with pytest.raises(ValueError, match=r"does not say what lm\.dtype auto was; delete it"):
         choose_dtype("auto", model.config, "cpu", tmp_path)
 
 

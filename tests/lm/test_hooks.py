@@ -233,7 +233,7 @@ def test_on_a_gpu(model):
 
 
 def error_of(*args, **kwargs) -> str:
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(ValueError, match=r"\S") as info:
         resolve_hook(*args, **kwargs)
     assert "\n" not in str(info.value)
     return str(info.value)

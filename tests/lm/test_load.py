@@ -51,7 +51,7 @@ def hub(tmp_path, monkeypatch):
 
 
 def error_of(path, **kwargs) -> str:
-    with pytest.raises(ValueError) as info:
+    with pytest.raises(ValueError, match=r"\S") as info:
         load_lm(str(path), **kwargs)
     return " ".join(str(info.value).split())
 
@@ -67,7 +67,7 @@ def test_a_folder(saved):
 
 
 def test_builtin_is_the_packaged_folder(saved, monkeypatch):
-    assert load.BUILTIN == Path(load.__file__).parent / "builtin"
+    assert Path(load.__file__).parent / "builtin" == load.BUILTIN
     monkeypatch.setattr(load, "BUILTIN", saved[0])
     assert load_lm("builtin").fingerprint == load_lm(str(saved[0])).fingerprint
 
@@ -105,7 +105,7 @@ def test_a_model_that_is_spread_over_devices_computes_the_same(saved):
 
 def test_a_device_map_without_accelerate(saved, monkeypatch):
     monkeypatch.setattr("sae_zoo.lm.load.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="lm.device_map is 'auto', which needs the accelerate package: pip install"):
+    with pytest.raises(ValueError, match=r"lm\.device_map is 'auto', which needs the accelerate package: pip install"):
         load_lm(str(saved[0]), device_map="auto")
 
 
@@ -214,7 +214,7 @@ def test_rows_longer_than_the_positions_are_refused():
     learned, rotary = GPT2Config(n_positions=64), LlamaConfig(max_position_embeddings=64)
     for config in (learned, rotary):
         check_context_size(config, 64)
-        with pytest.raises(ValueError, match="lm.context_size is 65; the model was trained on 64"):
+        with pytest.raises(ValueError, match=r"lm\.context_size is 65; the model was trained on 64"):
             check_context_size(config, 65)
 
 

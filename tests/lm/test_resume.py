@@ -14,7 +14,8 @@ def tiny(model_type):
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         model_type, vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, bos_token_id=0, eos_token_id=1, pad_token_id=0, n_embd=16, n_layer=4, n_head=2)
+        num_key_value_heads=2, head_dim=8, bos_token_id=0, eos_token_id=1, pad_token_id=0, n_embd=16, n_layer=4,
+        n_head=2)
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 

@@ -21,8 +21,9 @@ HARVEST = Harvest(widths=(512,), n_tokens={"train": 100_000, "validation": 10_00
 LM = LMCost(GB, 512, HARVEST.cost, 9 * 10**10, 2**20, Cost(2 * 10**11, 10**9), Cost(5 * 10**11, 10**9))
 SAE = SAECost(batch=1024, d_in=512, d_sae=4096, auxk=True, n_parameters=4_200_000, parameter_bytes=16_800_000,
               state_bytes=16_800_000, whole_products=1, products=5, dense=Cost(10**11, 10**8))
-JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, starts_dense=False, calibrated=False,
-          n_steps=1000, validation_every=50, n_validation_rows=8192, n_rows=10_000, n_lm_tokens=4096, devices=1)
+JOB = Job(name="a job", harvest=HARVEST, lm=LM, sae=SAE, entries=40.0, dense=False, starts_dense=False,
+          calibrated=False, n_steps=1000, validation_every=50, n_validation_rows=8192, n_rows=10_000, n_lm_tokens=4096,
+          devices=1)
 
 
 def phases(job, machine=MACHINE, rates=RATES):
@@ -75,8 +76,8 @@ def test_a_start_and_a_calibration_by_hand():
 
 
 def test_passes_of_an_evaluation_by_hand():
-    """Four batches of eight rows: without the activation, clean, spliced and with two gradients, the last three from the
-    hook point's layer on; of a later job clean and spliced alone."""
+    """Four batches of eight rows: without the activation, clean, spliced and with two gradients, the last three from
+    the hook point's layer on; of a later job clean and spliced alone."""
     of_sae = 2 * (10_000 + 4096) * 512 * 4096
     whole, from_layer, gradient = 2 * 10**11, 11 * 10**10, 3 * 10**11
     first, later = (phases(replace(JOB, place_measured=done))["evaluation"] for done in (False, True))
@@ -124,7 +125,8 @@ def test_on_a_gpu_the_model_is_there_when_it_works_and_the_sae_when_it_trains():
 
 def test_jobs_of_a_sweep_share_their_caches_and_one_checkpoint_s_space():
     def plan(*keys, here=()):
-        return Plan(MACHINE, [Planned(JOB, RATES)] * len(keys), keys, {key: ("a line about its rows",) for key in here}, 0)
+        harvested = {key: ("a line about its rows",) for key in here}
+        return Plan(MACHINE, [Planned(JOB, RATES)] * len(keys), keys, harvested, 0)
 
     alone, twice, other, done = plan("a"), plan("a", "a"), plan("a", "b"), plan("a", "a", here="a")
     assert twice.phases()["harvest"] == alone.phases()["harvest"]

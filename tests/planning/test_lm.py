@@ -44,7 +44,7 @@ def test_a_folder_and_its_own_config_come_before_what_is_known(tmp_path, monkeyp
 def test_what_is_no_language_model_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for path in ("acme/nothing-there", str(tmp_path)):
-        with pytest.raises(ValueError, match="no config.json within reach") as info:
+        with pytest.raises(ValueError, match=r"no config\.json within reach") as info:
             load_skeleton(path)
         assert "\n" not in str(info.value)
     with pytest.raises(ValueError, match="'float8' is unknown"):

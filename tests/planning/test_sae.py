@@ -83,9 +83,10 @@ def test_the_published_scale():
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a process its peak")
 @pytest.mark.parametrize(("variant", "d_in", "d_sae"), [("topk", 256, 4096), ("jumprelu", 512, 8192)])
 def test_peak_memory_of_real_steps(variant, d_in, d_sae):
-    """Processes of their own take dense and sparse steps; what one had at most, without what it had before, is predicted
-    to a factor of 1.5. How the C library's heap breaks into pieces is no constant: ten processes that did the same had
-    168 to 246 MB in dense steps of the larger JumpReLU. A plan has to hold for the unluckiest, here of three."""
+    """Processes of their own take dense and sparse steps; what one had at most, without what it had before, is
+    predicted to a factor of 1.5. How the C library's heap breaks into pieces is no constant: ten processes that did the
+    same had 168 to 246 MB in dense steps of the larger JumpReLU. A plan has to hold for the unluckiest, here of
+    three."""
     batch = 512
     command = [sys.executable, "-c", PEAK.format(variant=variant, d_in=d_in, d_sae=d_sae, batch=batch)]
     root = Path(__file__).parents[2]

@@ -1,3 +1,4 @@
+import itertools
 import os
 import shutil
 import signal
@@ -164,9 +165,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(small_disk, tmp_path, whole):
 
     def fill():
         left.append(names(disk))
-        with pytest.raises(OSError), open(disk / "filler", "wb", buffering=0) as file:
-            while True:
-                file.write(b"0" * 512)
+        with (open(disk / "filler", "wb", buffering=0) as file,
+              pytest.raises(OSError, match="No space left on device")):
+            file.writelines(itertools.repeat(b"0" * 512))
 
     with pytest.raises(OSError, match=r"000000012.ckpt cannot be written: .+") as error:
         train(disk, events={9: fill})

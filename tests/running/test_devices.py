@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[2]
 # beta1 = 0 and a large epsilon: Adam divides by the gradient's size, which turns rounding into whole steps where a
 # gradient is almost zero.
 SMALL = ["l0_target=4", "d_sae=64", "recipe.batch_size=256", "data=file", "trainer.accelerator=cpu",
-         "trainer.progress_bar=false", "trainer.validation_every=10", "trainer.log_every_n_steps=5", "recipe.adam_eps=1e-3"]
+         "trainer.progress_bar=false", "trainer.validation_every=10", "trainer.log_every_n_steps=5",
+         "recipe.adam_eps=1e-3"]
 
 
 def start(*arguments, module="sae_zoo.train", **options):
@@ -57,7 +58,8 @@ def swept(rows, tmp_path_factory):
     assert status == 0, printed
     assert (root / "runs" / "two" / "frontier.png").exists()
     for variant in ("jumprelu", "topk"):
-        run_job(TrainSettings.of(compose_config("train", [f"sae={variant}", *overrides])), root / "runs" / "one" / variant)
+        config = compose_config("train", [f"sae={variant}", *overrides])
+        run_job(TrainSettings.of(config), root / "runs" / "one" / variant)
     return root / "runs"
 
 
@@ -82,8 +84,8 @@ def test_two_processes_train_what_one_does(swept, variant):
 
 
 def test_torchrun_with_a_loss_that_is_no_mean_over_tokens(rows, tmp_path):
-    overrides = ["sae=jumprelu", "sae.sparsity_loss=l0_target", "sae.sparsity_coefficient=0.3", *SMALL, f"data.path={rows}",
-                 "recipe.n_steps=30"]
+    overrides = ["sae=jumprelu", "sae.sparsity_loss=l0_target", "sae.sparsity_coefficient=0.3", *SMALL,
+                 f"data.path={rows}", "recipe.n_steps=30"]
     run_job(TrainSettings.of(compose_config("train", overrides)), tmp_path / "one")
     status, printed = run("--nproc-per-node=2", "--master-port=29555", "-m", "sae_zoo.train", *overrides,
                           "trainer.devices=2", f"output_dir={tmp_path}", module="torch.distributed.run")
@@ -177,7 +179,8 @@ def test_two_processes_harvest_the_bytes_of_one(enter, tmp_path):
             harvest, "layers=[1,3]", "sites=[residual]", "data.n_tokens={train: 9000, validation: 1500, test: 2000}",
             "data.rows_per_shard=2048", "accelerator=cpu", "progress_bar=false", f"output_dir={root}", f"devices={n}")
         assert status == 0, printed
-        return {path.relative_to(root): path.read_bytes() for path in sorted(root.glob("cache/*/**/*")) if path.is_file()}
+        files = sorted(root.glob("cache/*/**/*"))
+        return {path.relative_to(root): path.read_bytes() for path in files if path.is_file()}
 
     one, two = made(1), made(2)
     assert len(one) > 10 and one == two
@@ -206,13 +209,13 @@ def test_what_started_this_process(monkeypatch):
     assert place_of_process() == (0, 1)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
     assert place_of_process() == (3, 8) and in_this_process(8)
-    with pytest.raises(ValueError, match="8 processes were started, but .* is 2; make them equal"):
+    with pytest.raises(ValueError, match=r"8 processes were started, but .* is 2; make them equal"):
         in_this_process(2)
 
 
 @pytest.mark.parametrize("devices", [0, "x", [], -2, None])
 def test_devices_that_are_not_there(devices):
-    with pytest.raises(ValueError, match="^trainer.devices is "):
+    with pytest.raises(ValueError, match=r"^trainer\.devices is "):
         devices_of("cpu", devices)
 
 

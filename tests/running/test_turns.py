@@ -85,12 +85,12 @@ def assert_equal(one, other):
     assert {p.name for p in one.iterdir()} == {p.name for p in other.iterdir()}
 
 
-def dies_at(step, error=RuntimeError("power cut"), honest=TopKSAE.loss):
+def dies_at(step, honest):
     """A loss that ends at a step as it is told."""
 
     def loss(self, x, **kwargs):
         if self.global_step == step:
-            raise error
+            raise RuntimeError("power cut")
         return honest(self, x, **kwargs)
 
     return loss
@@ -280,7 +280,7 @@ def test_ctrl_c_while_one_is_scored_stops_the_rest(sweep, alone):
 
 
 def test_the_same_job_twice_waits_for_no_lock_of_its_own(sweep, capfd):
-    status, folder = sweep("sae=topk", "l0_target=4,4")
+    status, _ = sweep("sae=topk", "l0_target=4,4")
     assert status == 0 and capfd.readouterr().out.count("is finished; skipped") == 1
 
 

@@ -14,7 +14,8 @@ def recipe(**changes):
         "bias_lr": 1e-3, "lr_l0": None, "second_moment": "element", "beta1": 0.0, "beta2": 0.999, "adam_eps": 1e-8,
         "lr_warmup_steps": 0, "lr_start_factor": 1.0, "lr_decay_fraction": 0.0, "coefficient_warmup_steps": 0,
         "b_dec_start": "zero", "decoder_start": "random", "threshold_start": "fixed",
-        "l0_control": True, "control_shift": 0.0, "control_proportional": 0.1, "control_integral": 0.01, "error_bound": None,
+        "l0_control": True, "control_shift": 0.0, "control_proportional": 0.1, "control_integral": 0.01,
+        "error_bound": None,
         "dead_after_tokens": 100, "auxk_full_steps": None,
     }
     return Recipe(**values | changes)
@@ -58,7 +59,8 @@ def test_a_latent_is_dead_after_so_many_tokens(d_sae, target, given, expected):
 
 
 @pytest.mark.parametrize("variant, target, factor", [
-    ("jumprelu", 5, 1.0), ("jumprelu", 20, 0.5), ("topk", 15, 1.0), ("topk", 20, 0.75), ("relu", 20, 1.0), ("gated", 20, 1.0)])
+    ("jumprelu", 5, 1.0), ("jumprelu", 20, 0.5), ("topk", 15, 1.0), ("topk", 20, 0.75), ("relu", 20, 1.0),
+    ("gated", 20, 1.0)])
 def test_rates_fall_above_an_l0(variant, target, factor):
     sae, _ = make(variant, d_in=20, d_sae=30, l0_target=target, recipe=recipe(lr_l0=10))
     assert sae.lr_factor(50) == pytest.approx(factor) and sae.schedule(50) == 1
@@ -135,7 +137,8 @@ def test_gated(form):
 def test_what_trains_gateds_gate_does_not_leak_into_the_decoder(sparse, form, term):
     sae, x = make("gated", sparsity_coefficient=0.3, form=form)
     gradients = torch.autograd.grad(sae.loss(x, sparse=sparse).terms[term], list(sae.parameters()), allow_unused=True)
-    reached = {name for (name, _), g in zip(sae.named_parameters(), gradients, strict=True) if g is not None and g.any()}
+    names = [name for name, _ in sae.named_parameters()]
+    reached = {name for name, g in zip(names, gradients, strict=True) if g is not None and g.any()}
     # b_dec only through the encoder's input: its part as the decoder's bias is frozen as W_dec is.
     assert reached == {"W_enc", "b_gate", "b_dec"}
 
@@ -172,7 +175,8 @@ def test_jumprelu(loss_name, expected):
 def test_jumprelu_sparsity_trains_only_thresholds():
     sae, x = make("jumprelu", sparsity_coefficient=0.3, initial_threshold=0.4, bandwidth=0.3)
     gradients = torch.autograd.grad(sae.loss(x).terms["sparsity"], list(sae.parameters()), allow_unused=True)
-    reached = {name for (name, _), g in zip(sae.named_parameters(), gradients, strict=True) if g is not None and g.any()}
+    names = [name for name, _ in sae.named_parameters()]
+    reached = {name for name, g in zip(names, gradients, strict=True) if g is not None and g.any()}
     assert reached == {"threshold_parameter"}
 
 
@@ -183,7 +187,8 @@ def weight_gradients(sae, x, d_pre_acts):
 
 @pytest.mark.parametrize("sparse", [True, False])
 @pytest.mark.parametrize("kernel, window", [
-    ("rectangle", lambda u: (u.abs() < 0.5) / 0.4), ("epanechnikov", lambda u: (0.75 * (1 - u * u)).clamp_min(0) / 0.4)])
+    ("rectangle", lambda u: (u.abs() < 0.5) / 0.4),
+    ("epanechnikov", lambda u: (0.75 * (1 - u * u)).clamp_min(0) / 0.4)])
 def test_relu_with_an_l0_penalty(sparse, kernel, window):
     sae, x = make("relu", penalty="l0", sparsity_coefficient=0.3, kernel=kernel, bandwidth=0.4)
     pre = pre_activations(sae, x).detach()
@@ -197,7 +202,8 @@ def test_relu_with_an_l0_penalty(sparse, kernel, window):
     # The reconstruction has ReLU's own derivative.
     reconstruction = sae.loss(x, sparse=sparse).terms["reconstruction"]
     plain = sse(x, pre_activations(sae, x).clamp_min(0) @ sae.W_dec + sae.b_dec)
-    for a, b in zip(*(torch.autograd.grad(loss, [sae.W_enc, sae.b_enc]) for loss in (reconstruction, plain)), strict=True):
+    gradients = (torch.autograd.grad(loss, [sae.W_enc, sae.b_enc]) for loss in (reconstruction, plain))
+    for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -244,10 +250,10 @@ def test_approximate_topk_is_of_training_alone():
 
 
 def test_published_target_losses_need_a_coefficient():
-    with pytest.raises(ValueError, match="l0_target needs both l0_target and sae.sparsity_coefficient"):
+    with pytest.raises(ValueError, match=r"l0_target needs both l0_target and sae\.sparsity_coefficient"):
         make("jumprelu", sparsity_loss="l0_target")
 
 
 def test_load_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="holds no sae.safetensors; give the folder of a finished run"):
+    with pytest.raises(ValueError, match=r"holds no sae\.safetensors; give the folder of a finished run"):
         load_sae(tmp_path)

@@ -16,7 +16,8 @@ D_IN, D_SAE, TARGET = 12, 60, 5
 
 def build(name, *overrides, step=0):
     """An SAE whose trainer stands at ``step``."""
-    settings = TrainSettings.of(compose_config("train", [f"sae={name}", f"d_sae={D_SAE}", f"l0_target={TARGET}", *overrides]))
+    overrides = [f"sae={name}", f"d_sae={D_SAE}", f"l0_target={TARGET}", *overrides]
+    settings = TrainSettings.of(compose_config("train", overrides))
     sae = settings.sae(d_in=D_IN, input_scale=1.0)
     sae.trainer = SimpleNamespace(global_step=step, log_every_n_steps=1, is_global_zero=True)
     return sae
@@ -92,7 +93,8 @@ def test_the_first_batch_starts_the_running_l0():
     before = float(sae.log_coefficient)
     sae._control(5.5)
     assert float(sae.l0_average) == 5.5
-    assert float(sae.log_coefficient) - before == pytest.approx(0.02 * math.log(5.5 / TARGET))  # no change of the error yet
+    # No change of the error yet.
+    assert float(sae.log_coefficient) - before == pytest.approx(0.02 * math.log(5.5 / TARGET))
 
 
 @pytest.mark.parametrize(("name", "step", "l0", "error"), [
@@ -166,5 +168,5 @@ def test_steps_without_a_log_line_log_nothing(monkeypatch):
 def test_a_loss_that_is_not_finite_stops_the_run():
     sae = build("topk")
     nn.init.constant_(sae.W_enc, math.nan)
-    with pytest.raises(ValueError, match="loss is nan at step 0; lower recipe.lr"):
+    with pytest.raises(ValueError, match=r"loss is nan at step 0; lower recipe\.lr"):
         sae.training_step(torch.randn(50, D_IN), 0)

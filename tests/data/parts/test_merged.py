@@ -48,7 +48,8 @@ def test_values_are_those_of_the_one_cache_where_no_sequence_holds_two_documents
     found = []
     for cache in (whole, open_cache_or_parts(tmp_path / "parts")):
         rows, origin, tokens = cache.rows("train", 0, n), cache.origin("train", 0, n), cache.tokens("train")
-        at = [(*tokens[s].tolist(), p) for s, p in zip(origin.sequences.tolist(), origin.positions.tolist())]
+        at = [(*tokens[s].tolist(), p)
+              for s, p in zip(origin.sequences.tolist(), origin.positions.tolist(), strict=True)]
         order = sorted(range(n), key=at.__getitem__)
         found.append(([at[i] for i in order], rows[order]))
     (at, rows), (at_of_parts, rows_of_parts) = found
@@ -60,7 +61,7 @@ def test_rows_origins_and_tokens_agree_through_any_window(make, merged):
     n = merged.n_rows("train")
     tokens, origin, rows = merged.tokens("train"), merged.origin("train", 0, n), merged.rows("train", 0, n)
     assert torch.equal(tokens[origin.sequences, origin.positions], origin.token_ids)
-    places = set(zip(origin.sequences.tolist(), origin.positions.tolist()))
+    places = set(zip(origin.sequences.tolist(), origin.positions.tolist(), strict=True))
     special = torch.isin(tokens, torch.tensor(merged.manifest["special_ids"]))
     assert len(places) == n and places == set(map(tuple, (~special).nonzero().tolist()))
     states = make.lm.model(tokens.long(), output_hidden_states=True).hidden_states[2]
@@ -69,11 +70,11 @@ def test_rows_origins_and_tokens_agree_through_any_window(make, merged):
     for start, stop in ((0, 0), (n, n), (edges[0], edges[0]), (5, edges[0]), (edges[0] - 1, edges[0] + 1),
                         (edges[0], n), (3, n - 3), (edges[0] + edges[1] - 130, edges[0] + edges[1] + 140)):
         assert torch.equal(merged.rows("train", start, stop), rows[start:stop])
-        for window, column in zip(merged.origin("train", start, stop), origin):
+        for window, column in zip(merged.origin("train", start, stop), origin, strict=True):
             assert torch.equal(window, column[start:stop]) and window.dtype == torch.int32
     with pytest.raises(ValueError, match=f"rows 0 to {n + 1} of train were asked for; it has {n}"):
         merged.rows("train", 0, n + 1)
-    with pytest.raises(ValueError, match="split 'tarin' is not in .*; it has train, validation, test"):
+    with pytest.raises(ValueError, match=r"split 'tarin' is not in .*; it has train, validation, test"):
         merged.rows("tarin", 0, 1)
 
 
@@ -96,7 +97,7 @@ def test_every_blend_has_its_share_of_every_part(tmp_path, rows_per_shard):
     parts = [numbered_cache(tmp_path / str(n), n_rows={"train": n, "validation": 1, "test": 1}, d_in=1,
                             rows_per_shard=rows_per_shard, activations={
                                 "train": rows[:, None], "validation": torch.ones(1, 1), "test": torch.ones(1, 1)})[0]
-             for n, rows in zip(n_rows, numbers)]
+             for n, rows in zip(n_rows, numbers, strict=True)]
     merged = MergedCache(LocalFolder(tmp_path), parts)
     stored = merged.rows("train", 0, 37).flatten()
     assert stored.sort().values.tolist() == list(range(37))
@@ -110,10 +111,10 @@ def test_every_blend_has_its_share_of_every_part(tmp_path, rows_per_shard):
         blend.read_permuted(backwards, np.arange(len(rows))[::-1])
         assert torch.equal(rows, backwards.flip(0))
         rows_of.append(rows.flatten().tolist())
-        for count, of_part in zip(n_rows, numbers):
+        for count, of_part in zip(n_rows, numbers, strict=True):
             assert abs(len(set(of_part.tolist()) & set(rows_of[-1])) - count / n) < 1
         assert 0 < len(rows) < rows_per_shard + len(parts)
-    assert sorted(sum(rows_of, [])) == list(range(37))
+    assert sorted(row for rows in rows_of for row in rows) == list(range(37))
 
     starts = set()
     for seed in range(4):

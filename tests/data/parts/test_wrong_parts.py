@@ -76,7 +76,7 @@ def test_an_empty_folder_and_none_at_all_get_one_line(tmp_path, place):
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
     for folder in (tmp_path / "empty", tmp_path / "none"):
         where = folder if place == "local" else RemoteFolder(folder.as_uri(), Copies(tmp_path / "copies", 10**7))
-        with pytest.raises(ValueError, match="is not a cache: it has no manifest.json; harvest it first"):
+        with pytest.raises(ValueError, match=r"is not a cache: it has no manifest\.json; harvest it first"):
             open_cache_or_parts(where)
 
 
