@@ -42,7 +42,8 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         OmegaConfBaseException: if a value that has to be given is not, or one refers to what is not there.
     """
-    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    return values
 
 
 def compose_config(entry_point: str, overrides: Sequence[str]) -> dict[str, Any]:

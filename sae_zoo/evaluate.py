@@ -14,10 +14,11 @@ import pandas as pd
 from torch import Tensor
 
 from sae_zoo.config import run_entry_point
+from sae_zoo.data.cache import Cache
 from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_reconstruction, score_sae, within
 from sae_zoo.running.checks import Config
 from sae_zoo.running.job import read_config
-from sae_zoo.running.settings import SourceSettings, device_of
+from sae_zoo.running.settings import CacheSettings, SourceSettings, device_of
 from sae_zoo.running.sources import open_source
 from sae_zoo.saes.io import load_sae
 
@@ -48,6 +49,9 @@ def evaluate(config: Config) -> pd.DataFrame:
             scores = asdict(score_reconstruction(reconstruct, rows()))
         row = {key: scores.get(key) for key in ("l0", "fvu", "mse", "cosine")}
         if source.lm is not None:
+            # What there is where there is a language model.
+            assert isinstance(activations, Cache) and isinstance(settings.data, CacheSettings)
+            assert source.hook is not None
             in_lm = score_in_lm(within(reconstruct, activations.norm_bound), source.lm, source.hook,
                                 activations.tokens(split), activations.manifest["special_ids"],
                                 n_tokens=config["n_lm_tokens"], batch_size=settings.data.lm.batch_size,

@@ -20,7 +20,8 @@ def _task(config: Config) -> None:
     if n == 1 or place_of_process()[1] > 1:  # torchrun or SLURM has started the others
         harvest_all(settings)
     else:
-        run_in_processes("harvest", {"config": config}, n, logging_config=plain(HydraConfig.get().job_logging))
+        logging_config = plain(HydraConfig.get().job_logging)  # type: ignore[arg-type]  # it is a DictConfig
+        run_in_processes("harvest", {"config": config}, n, logging_config=logging_config)
 
 
 def main() -> None:

@@ -64,6 +64,12 @@ def _changed(config: Config, values: Mapping[str, Any]) -> Config:
     return changed
 
 
+def _caches(settings: TrainSettings) -> CacheSettings:
+    """The caches of a job that has a language model."""
+    assert isinstance(settings.source.data, CacheSettings)
+    return settings.source.data
+
+
 class _Planner:
     """Makes jobs of settings; what several of them share is looked at once."""
 
@@ -81,22 +87,23 @@ class _Planner:
         return self._known[key]
 
     def _model(self, settings: TrainSettings) -> PreTrainedModel:
-        return self._once(lambda: settings.source.data.lm.skeleton(self.device), "model", settings.config["lm"])
+        return self._once(lambda: _caches(settings).lm.skeleton(self.device), "model", settings.config["lm"])
 
     def hooks(self, settings: TrainSettings) -> list[HookPoint]:
         """The hook point of a job, and those that are harvested with it."""
         model, hook = self._model(settings), settings.source.hook
+        assert hook is not None  # of a language model
         where = dict.fromkeys([(hook.layer, hook.site), *hook.along])
-        return [settings.source.data.lm.hook(model, *place) for place in where]
+        return [_caches(settings).lm.hook(model, *place) for place in where]
 
     def _lm_cost(self, settings: TrainSettings) -> LMCost:
-        model, hook, lm = self._model(settings), self.hooks(settings)[0], settings.source.data.lm
+        model, hook, lm = self._model(settings), self.hooks(settings)[0], _caches(settings).lm
         return self._once(lambda: lm_cost(model, hook, batch_size=lm.batch_size, context_size=lm.context_size),
                           "lm", settings.config["lm"], hook.name)
 
     def _harvest(self, settings: TrainSettings) -> Harvest:
-        model, hooks, spec = self._model(settings), self.hooks(settings), settings.source.data.stored
-        lm = settings.source.data.lm
+        model, hooks, spec = self._model(settings), self.hooks(settings), _caches(settings).stored
+        lm = _caches(settings).lm
         rows = {"batch_size": lm.batch_size, "context_size": lm.context_size}
         of_hook = self._lm_cost(settings)
         cost, widths = of_hook.to_hook, [of_hook.d_in]
@@ -157,7 +164,7 @@ class _Planner:
 
         of_lm = 0.0
         if job.harvest is not None:
-            lm = settings.source.data.lm
+            lm = _caches(settings).lm
             rows = {"batch_size": lm.batch_size, "context_size": lm.context_size}
             of_lm = self._once(lambda: lm_rate(self._model(settings), self.device, **rows), "lm rate", config["lm"])
         return Rates(**self._once(of_sae, "rates", config["sae"], config["recipe"], d_in, d_sae, batch, mixed),
@@ -167,7 +174,7 @@ class _Planner:
         """Bytes of the copies of a cache that lies elsewhere, if ``settings`` name one: what all of it is, as they
         describe it, and how much more than now their folder may hold.
         """
-        remote = settings.source.data.remote
+        remote = _caches(settings).remote
         if not isinstance(remote, RemoteFolder):
             return None
         copies = remote.copies
@@ -179,7 +186,7 @@ class _Planner:
         """Lines about long rows of the caches of ``settings``, as their manifests say; None unless all are on the disk.
         Weights have no fingerprint here.
         """
-        data = settings.source.data
+        data = _caches(settings)
         if data.remote is not None:
             return []
         wanted = {"corpus": data.corpus().fingerprint(), "lm_dtype": str(self._model(settings).dtype),
@@ -236,8 +243,9 @@ class _Command:
 
     def plan(self) -> Plan:
         """All jobs so far."""
+        assert self._planner is not None  # since the first job
         kept = [planned.job.sae.kept_bytes for planned in self.planned]
-        of_stream = Counter()
+        of_stream: Counter[str | None] = Counter()
         for stream, own in zip(self._streams, kept, strict=True):
             of_stream[stream] += own
         planned = tuple(planned if stream is None else replace(planned, beside=of_stream[stream] - own)
@@ -260,8 +268,8 @@ class _Command:
         if n_tokens:
             return f"data.n_tokens.train={_rounded_down(n_tokens)} would fit, or choose another output_dir"
         for_copies = plan.machine.free_disk_bytes - (plan.disk_bytes - plan.copy_bytes)
-        shard = max((self.planned[self.harvest_of.index(key)].job.harvest.shard_bytes for key in self.copies),
-                    default=0)
+        copied = (self.planned[self.harvest_of.index(key)].job.harvest for key in self.copies)
+        shard = max((harvest.shard_bytes for harvest in copied if harvest is not None), default=0)
         if 0 < shard < for_copies:
             return (f"data.remote.copy_gb={_rounded_down(for_copies // 10**6) / 1000:g} would fit, or choose another "
                     "output_dir")
@@ -271,13 +279,15 @@ class _Command:
         """A remedy for the first job whose phase does not fit: fewer jobs together; or overrides, one alone, or all by
         as little as fits.
         """
+        assert self._planner is not None  # since the first job
         settings, short = next((settings, planned) for settings, planned in zip(self.settings, plan.jobs, strict=True)
                                if planned.needs_more(plan.machine, phase))
         if not replace(short, beside=0).needs_more(plan.machine, phase):
             return "fewer jobs at once, or leave hydra/launcher=one_stream out"
         config = settings.config
         has_buffer = "buffer_rows" in config["data"]
-        least = {key: value for key, value in _REMEDIES[phase].items() if key != "data.buffer_rows" or has_buffer}
+        least: dict[str, float] = {
+            key: value for key, value in _REMEDIES[phase].items() if key != "data.buffer_rows" or has_buffer}
         if "d_sae" in least and settings.l0_target is not None:
             least["d_sae"] = max(least["d_sae"], settings.l0_target)
         for together in (*((key,) for key in least), tuple(least)):

@@ -94,7 +94,9 @@ def _pretrain(config: Config, lm_dir: Path) -> dict:
     )
     data = StepDataModule(
         SeededRows(packed["train"].tokens, config["batch_size"], config["n_steps"], seed=config["seed"]),
-        torch.utils.data.DataLoader(packed["validation"].tokens[:64], config["batch_size"]))
+        torch.utils.data.DataLoader(
+            packed["validation"].tokens[:64],  # type: ignore[arg-type]  # len() and [] are enough for torch
+            config["batch_size"]))
     torch.manual_seed(config["seed"])  # of the dropout that some architectures have
     checkpoints.fit(trainer, module, data, newest_checkpoint(checkpoint_dir))
 

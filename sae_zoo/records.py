@@ -80,5 +80,8 @@ def read_records(directories: Iterable[Path | str]) -> list[dict[str, Any]]:
         found = sorted(directory.rglob(RECORD))
         if not found:
             raise ValueError(f"{directory} holds no {RECORD}; has a run in it ended?")
-        records += [{**read_record(path.parent), "run_dir": str(path.parent)} for path in found]
+        for path in found:
+            record = read_record(path.parent)
+            assert record is not None  # it was found a moment ago
+            records.append({**record, "run_dir": str(path.parent)})
     return records

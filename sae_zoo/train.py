@@ -27,7 +27,8 @@ _swept: list[Path] = []
 
 def _task(config: Config) -> None:
     hydra = HydraConfig.get()
-    run_dir, logging_config = Path(hydra.runtime.output_dir), plain(hydra.job_logging)
+    run_dir = Path(hydra.runtime.output_dir)
+    logging_config = plain(hydra.job_logging)  # type: ignore[arg-type]  # it is a DictConfig
     if hydra.mode == RunMode.RUN:
         record = run_on_devices(config, run_dir, logging_config=logging_config)
         if not is_helper():

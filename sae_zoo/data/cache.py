@@ -162,13 +162,12 @@ def open_cache(place: Path | str | Folder, *, verify: str = "sizes") -> Cache:
     """
     if verify not in ("sizes", "hashes"):
         raise ValueError(f"verify is {verify!r}; it must be 'sizes' or 'hashes'")
-    folder = LocalFolder(Path(place)) if isinstance(place, (Path, str)) else place
+    folder: Folder = LocalFolder(Path(place)) if isinstance(place, (Path, str)) else place
     manifest = _read_manifest(folder)
     expected = _expected(manifest)
     stored = {}
     for (entry, tensors), found in zip(expected, folder.look([entry for entry, _ in expected]), strict=True):
-        _check_file(folder, entry, found, tensors)
-        stored[entry["file"]] = found.tensors
+        stored[entry["file"]] = _check_file(folder, entry, found, tensors)
     cache = Cache(folder, manifest, stored)
     if verify == "hashes":
         cache.verify_hashes()
@@ -177,7 +176,7 @@ def open_cache(place: Path | str | Folder, *, verify: str = "sizes") -> Cache:
 
 def _expected(manifest: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...]]]]]:
     """Every file entry of a manifest, with type and shape of the tensors in it."""
-    files = []
+    files: list[tuple[dict[str, Any], dict[str, tuple[torch.dtype, tuple[int, ...]]]]] = []
     for split in manifest["splits"].values():
         table = split["tokens"]
         files.append((table, {"tokens": (torch.int32, (table["rows"], table["context_size"]))}))
@@ -221,12 +220,16 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _check_file(folder: Folder, entry: dict[str, Any], found: Found | None,
-                tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-    """Raise ValueError unless a file has the size that the manifest says, and exactly these tensors."""
+                tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, StoredTensor]:
+    """What was found of a file; raises ValueError unless it has the size that the manifest says, and exactly these
+    tensors.
+    """
     name = entry["file"]
     if found is None:
         raise _damaged(folder, f"{name} is missing")
     if found.n_bytes != entry["bytes"]:
         raise _damaged(folder, f"{name} has {found.n_bytes} bytes, the manifest says {entry['bytes']}")
-    if {tensor: (stored.dtype, stored.shape) for tensor, stored in (found.tensors or {}).items()} != tensors:
+    in_it = found.tensors or {}
+    if {tensor: (stored.dtype, stored.shape) for tensor, stored in in_it.items()} != tensors:
         raise _damaged(folder, f"{name} does not hold the tensors that the manifest says; it belongs to another cache")
+    return in_it

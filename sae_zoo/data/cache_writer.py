@@ -344,7 +344,7 @@ class CacheWriter:
             bucket = self._bucket(int(shard))
             try:
                 with open(bucket, "ab") as file:
-                    file.write(self._waiting[rows].view(np.uint8))
+                    file.write(self._waiting[rows].view(np.uint8))  # type: ignore[arg-type]  # a Buffer from 3.12 on
             except OSError as error:
                 raise OSError(f"{bucket} cannot be written: {error.strerror}") from error
             self._unsynced.add(int(shard))

@@ -7,8 +7,8 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from sae_zoo.files import locked, replacing
 
@@ -31,7 +31,7 @@ class Copies:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._right: set[str] = set()  # by their hash, as this process has seen
 
-    def open(self, name: str, sha256: str, n_bytes: int, fetch: Callable[[], Iterable[bytes]]) -> BinaryIO:
+    def open(self, name: str, sha256: str, n_bytes: int, fetch: Callable[[], Iterable[bytes]]) -> BufferedReader:
         """The file of this content, from its first byte on.
 
         Args:
@@ -58,17 +58,17 @@ class Copies:
             self._make_room(n_bytes)
             with replacing(path) as temporary:
                 found, written = hashlib.sha256(), 0
-                with open(temporary, "wb") as file:
+                with open(temporary, "wb") as made:
                     for piece in fetch():
                         found.update(piece)
-                        written += file.write(piece)
+                        written += made.write(piece)
                 if (written, found.hexdigest()) != (n_bytes, sha256):
                     raise ValueError(f"{name} came with other bytes than the manifest says ({written} of them, "
                                      f"{n_bytes} expected); copy the cache there again")
             self._right.add(sha256)
             return open(path, "rb")
 
-    def _kept(self, sha256: str, n_bytes: int) -> BinaryIO | None:
+    def _kept(self, sha256: str, n_bytes: int) -> BufferedReader | None:
         """The copy that is there, unless it is damaged; marks it as used."""
         path = self.folder / sha256
         try:

@@ -326,4 +326,4 @@ def deal(rows: PackedTokens, first: int, second: int) -> tuple[PackedTokens, Pac
     share = first / (first + second)
     position = torch.arange(len(rows.tokens) + 1, dtype=torch.float64)
     to_first = (position * share).floor().diff() > 0
-    return tuple(replace(rows, tokens=rows.tokens[mask]) for mask in (to_first, ~to_first))
+    return replace(rows, tokens=rows.tokens[to_first]), replace(rows, tokens=rows.tokens[~to_first])

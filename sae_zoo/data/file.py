@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -118,7 +119,8 @@ def _split_key(path: str) -> tuple[Path, str | None]:
 def open_array(path: str) -> Tensor:
     """The array of a file, mapped, not read; checked but for its values."""
     file, key = _split_key(path)
-    readers = {".npy": _open_npy, ".safetensors": _open_safetensors, ".pt": _open_pt}
+    readers: dict[str, Callable[[Path, str | None], Tensor]] = {
+        ".npy": _open_npy, ".safetensors": _open_safetensors, ".pt": _open_pt}
     if file.suffix not in readers:
         raise ValueError(f"{file} ends in {file.suffix!r}; activation files end in {', '.join(readers)}")
     if key is not None and file.suffix != ".safetensors":
@@ -139,7 +141,7 @@ def open_array(path: str) -> Tensor:
     return array
 
 
-def _open_npy(file: Path, _: None) -> Tensor:
+def _open_npy(file: Path, _: str | None) -> Tensor:
     try:
         # c: copy on write, as torch has no read-only tensors
         return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
@@ -158,7 +160,7 @@ def _open_safetensors(file: Path, key: str | None) -> Tensor:
         return tensors.get_tensor(names[0] if key is None else key)
 
 
-def _open_pt(file: Path, _: None) -> Tensor:
+def _open_pt(file: Path, _: str | None) -> Tensor:
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 

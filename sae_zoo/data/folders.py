@@ -26,9 +26,14 @@ class Folder(Protocol):
         remedy: what to do about damage, for messages.
     """
 
-    path: Path | str
-    name: str
-    remedy: str
+    @property
+    def path(self) -> Path | str: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def remedy(self) -> str: ...
 
     def read(self, name: str) -> bytes | None:
         """The content of a small file; None if there is none."""

@@ -171,9 +171,9 @@ def _pack(corpus: Corpus, lm: LoadedLM, spec: HarvestSpec) -> dict[str, PackedTo
     validation, test = deal(held_out, n["validation"], n["test"])
     if not (validation.n_tokens and test.n_tokens):
         n_rows, wanted = len(held_out.tokens), n["validation"] + n["test"]
-        of = (f"data.n_tokens.validation + test = {wanted}" if held_out.n_tokens >= 0.9 * wanted
-              else f"the held-out text, {held_out.n_tokens} tokens,")
-        raise ValueError(f"{of} is {n_rows} row{'s' * (n_rows != 1)} of lm.context_size {spec.context_size}, and "
+        asked = (f"data.n_tokens.validation + test = {wanted}" if held_out.n_tokens >= 0.9 * wanted
+                 else f"the held-out text, {held_out.n_tokens} tokens,")
+        raise ValueError(f"{asked} is {n_rows} row{'s' * (n_rows != 1)} of lm.context_size {spec.context_size}, and "
                          "validation and test need one each; give more tokens, or a smaller lm.context_size")
     return {"train": train, "validation": validation, "test": test}
 

@@ -56,7 +56,7 @@ class Blend:
         return (sum(window.shape[0] for window in self.windows), *self.windows[0].shape[1:])
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype | None:
         return self.windows[0].dtype
 
     def read_permuted(self, out: Tensor, order: np.ndarray) -> None:
@@ -141,7 +141,7 @@ def open_cache_or_parts(place: Path | str | Folder) -> Cache:
         ValueError: in one line, if there is no cache, a part is missing, damaged, or of another cache than the others,
             or one cannot be reached.
     """
-    folder = LocalFolder(Path(place)) if isinstance(place, (Path, str)) else place
+    folder: Folder = LocalFolder(Path(place)) if isinstance(place, (Path, str)) else place
     inside = []
     if folder.read(MANIFEST) is None:
         inside = [part for part in folder.folders()
@@ -170,7 +170,8 @@ def _in_order(folder: Folder, found: Sequence[Cache]) -> list[Cache]:
             raise ValueError(f"{folder} holds parts of more than one cache: {key} is {first.get(key)} of "
                              f"{found[0].cache_id}, {shared.get(key)} of {cache.cache_id}; keep the parts of each in a "
                              "folder of their own")
-    of, by_number = first["parts"], {}
+    of = first["parts"]
+    by_number: dict[int, Cache] = {}
     for cache in found:
         number, _ = cache.manifest["identity"]["part"]
         if number in by_number:

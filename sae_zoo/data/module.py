@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sae_zoo.data.activations import Activations, Batches
-from sae_zoo.data.read_ahead import ReadAhead
+from sae_zoo.data.read_ahead import ReadAhead, SizedBatches
 
 # Held-out rows on which L0 is measured while training runs; enough for about 1 % at any L0 of interest.
 VALIDATION_ROWS = 8192
@@ -36,7 +36,8 @@ class ActivationData(pl.LightningDataModule):
         return self.activations.batches("train", self.batch_size, n_batches=self.n_steps, seed=self.seed, start=start,
                                         rank=rank, world_size=world_size)
 
-    def train_dataloader(self) -> ReadAhead:
+    def train_dataloader(self) -> SizedBatches:
+        assert self.trainer is not None  # it is who asks
         batches = self.batches(start=self.trainer.global_step, rank=self.trainer.global_rank,
                                world_size=self.trainer.world_size)
         return ReadAhead(batches, pin=self.trainer.strategy.root_device.type == "cuda")
@@ -47,6 +48,8 @@ class ActivationData(pl.LightningDataModule):
         return self.activations.kept_rows("validation", n * rank // world_size, n * (rank + 1) // world_size)
 
     def val_dataloader(self) -> DataLoader:
+        assert self.trainer is not None  # it is who asks
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         rows = self.validation_rows(rank, world_size)
-        return DataLoader(rows, batch_size=min(self.batch_size, len(rows)))
+        return DataLoader(rows,  # type: ignore[arg-type]  # len() and [] are enough for torch
+                          batch_size=min(self.batch_size, len(rows)))

@@ -190,6 +190,7 @@ class ShuffleBuffer:
 
     def _next_piece(self) -> Tensor:
         piece = self._coming.popleft().result()
+        assert piece is not None  # no more is taken than there is up to ``stop``
         self._coming.append(self._ahead())
         return piece
 

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from torch import Tensor
 
 _END = object()
 
 
+class SizedBatches(Protocol):
+    """Batches that know how many they are."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
 class ReadAhead:
     """Batches that a thread reads while the step before is running.
 
     Args:
-        batches: an iterable with ``len()``.
+        batches: that are read.
         pin: put them into page-locked memory, from which a CUDA device fetches them by itself.
         depth: batches that wait at most.
     """
 
-    def __init__(self, batches: Iterable[Tensor], *, pin: bool, depth: int = 2):
+    def __init__(self, batches: SizedBatches, *, pin: bool, depth: int = 2):
         self.batches, self._pin, self._depth = batches, pin, depth
 
     def __len__(self) -> int:

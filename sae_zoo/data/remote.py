@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
 
 import fsspec
 
@@ -47,7 +48,7 @@ class RemoteFile:
     folder: RemoteFolder
     entry: Mapping[str, Any]
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         return self.folder.copies.open(str(self), self.entry["sha256"], self.entry["bytes"], self._pieces)
 
     def _pieces(self) -> Iterator[bytes]:

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ _SHARED_BYTES = 1 << 24  # of that many and more two threads put half each
 class StoredFile(Protocol):
     """A file of a cache, wherever it lies; ``str()`` of it names it for people."""
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         """All of it, from its first byte on, as a file on a disk of this machine.
 
         Raises:
@@ -40,7 +41,7 @@ class LocalFile:
 
     path: Path
 
-    def open(self) -> BinaryIO:
+    def open(self) -> BufferedReader:
         return open(self.path, "rb")
 
     def __str__(self) -> str:
@@ -65,7 +66,7 @@ class StoredTensor(NamedTuple):
         target = out.view(torch.uint8).reshape(-1).numpy()
         with self.file.open() as file:
             file.seek(self.offset + first * self._row_bytes)
-            if file.readinto(target) != target.nbytes:
+            if file.readinto(target) != target.nbytes:  # type: ignore[arg-type]  # by numpy a Buffer from 3.12 on
                 raise self._too_short()
 
     def window(self, start: int, stop: int) -> StoredTensor:
@@ -108,12 +109,13 @@ class StoredTensor(NamedTuple):
             file.seek(self.offset)
             for first in range(0, n, rows):
                 part = piece[: n - first]
-                if file.readinto(part.reshape(-1)) != part.nbytes:
+                if file.readinto(part.reshape(-1)) != part.nbytes:  # type: ignore[arg-type]  # as in read_into
                     raise self._too_short()
                 target[place[first : first + len(part)]] = part
 
     @property
     def _row_bytes(self) -> int:
+        assert self.dtype is not None  # what is read has the type that a manifest says
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def _too_short(self) -> ValueError:
@@ -145,6 +147,18 @@ def stored_tensors(file: StoredFile, header: bytes) -> dict[str, StoredTensor]:
         raise ValueError(f"{file} is not a safetensors file: its header cannot be read") from None
 
 
+class ShardRows(Protocol):
+    """The rows of a shard, or what a stream reads like them; members are those of :class:`StoredTensor`."""
+
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read_permuted(self, out: Tensor, order: np.ndarray) -> None: ...
+
+
 class ShardStream:
     """An endless stream over shards: every pass takes the shards, and the rows inside each, in a new seeded order.
 
@@ -155,7 +169,7 @@ class ShardStream:
         shards: the rows of each, alike but for their number; or what is read like them.
     """
 
-    def __init__(self, shards: Sequence[StoredTensor], seed: int):
+    def __init__(self, shards: Sequence[ShardRows], seed: int):
         self._shards = shards
         self._n_rows = np.array([shard.shape[0] for shard in self._shards])
         self._seed = seed
@@ -197,6 +211,7 @@ class ShardStream:
         pass_, i = divmod(place, len(self._shards))
         which = int(self._order(pass_)[i])
         shard, n = self._shards[which], int(self._n_rows[which])
+        assert shard.dtype is not None  # as a manifest says
         rows = self._free().view(shard.dtype).view(-1, *shard.shape[1:])[:n]
         shard.read_permuted(rows, Permutation(n, self._seed, pass_, which)(np.arange(n)))
         return rows
@@ -205,8 +220,9 @@ class ShardStream:
         """Memory for any shard that no tensor is on; the reading thread alone asks for it."""
         memory = next((memory for memory in self._memory if memory.is_free), None)
         if memory is None:
-            largest = max(shard.shape for shard in self._shards)
-            memory = _Memory(np.empty(math.prod(largest) * self._shards[0].dtype.itemsize, np.uint8))
+            largest, dtype = max(shard.shape for shard in self._shards), self._shards[0].dtype
+            assert dtype is not None  # as a manifest says
+            memory = _Memory(np.empty(math.prod(largest) * dtype.itemsize, np.uint8))
             self._memory.append(memory)
         return torch.from_numpy(memory.array)
 

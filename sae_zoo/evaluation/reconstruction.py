@@ -47,7 +47,7 @@ class ReconstructionSums:
         if x.shape != x_hat.shape or x.ndim != 2:
             raise ValueError(f"x has shape {list(x.shape)} and x_hat {list(x_hat.shape)}; both must be [n, d_in]")
         x, x_hat = x.double(), x_hat.double()
-        if self._pivot is None:
+        if self._pivot is None or self._centred_sum is None:
             self._pivot = x.mean(0)
             self._centred_sum = torch.zeros_like(self._pivot)
         centred = x - self._pivot
@@ -61,7 +61,7 @@ class ReconstructionSums:
     @property
     def variance(self) -> float:
         """Sum of ||x - mean(x)||^2 over the rows so far."""
-        if not self.n_rows:
+        if not self.n_rows or self._centred_sum is None:
             return 0.0
         return float(self._sums[-1]) - float(self._centred_sum.square().sum()) / self.n_rows
 
@@ -71,7 +71,7 @@ class ReconstructionSums:
         Raises:
             ValueError: if no row was added.
         """
-        if not self.n_rows:
+        if not self.n_rows or self._pivot is None:
             raise ValueError("no row was added; evaluation needs at least one")
         error, norm, inner, cosine, _ = self._sums.tolist()
         variance = self.variance

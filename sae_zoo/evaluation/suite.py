@@ -38,7 +38,9 @@ class EncodesAndDecodes(Protocol):
     """An SAE, as far as scoring needs it: raw activations in, raw reconstruction out."""
 
     d_sae: int
-    W_dec: Tensor
+
+    @property
+    def W_dec(self) -> Tensor: ...
 
     def encode_sparse(self, x: Tensor) -> SparseCode: ...
 
@@ -150,7 +152,7 @@ def score_in_lm(reconstruct: Callable[[Tensor], Tensor], lm: LoadedLM, hook: Hoo
     """
     tokens = tokens[: max(1, n_tokens // tokens.shape[1])]
     where = (_passes(lm, hook, tokens, special_ids, batch_size), hook, tokens, data_points(tokens, special_ids))
-    how = {"batch_size": batch_size, "progress_bar": progress_bar}
+    how: dict[str, Any] = {"batch_size": batch_size, "progress_bar": progress_bar}
     ce_ablated = _once("ce_ablated", lm, hook, tokens, special_ids, batch_size,
                        lambda: ablated_cross_entropy(*where, **how))
     result = asdict(lm_metrics(*where, reconstruct, ce_ablated=ce_ablated, **how))

@@ -30,7 +30,7 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[bool]:
     Raises:
         ValueError: if a coordinate is None, NaN or infinite.
     """
-    points = [tuple(point) for point in points]
+    points = [(l0, loss) for l0, loss in points]
     for point in points:
         if not all(value is not None and math.isfinite(value) for value in point):
             raise ValueError(f"{point} is not a point of a frontier: give two finite numbers, or leave it out")
@@ -135,12 +135,12 @@ class SeedGroup:
 
     def mean(self, key: str) -> float | None:
         """The mean of a metric over seeds; None where a seed has no value, since a mean of the rest would mislead."""
-        values = [run.get(key) for run in self.runs]
+        values: list[Any] = [run.get(key) for run in self.runs]
         return None if None in values else statistics.fmean(values)
 
     def spread(self, key: str) -> float | None:
         """The sample standard deviation of a metric over seeds; None for one seed or where a seed has no value."""
-        values = [run.get(key) for run in self.runs]
+        values: list[Any] = [run.get(key) for run in self.runs]
         return None if None in values or len(values) < 2 else statistics.stdev(values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -94,7 +95,7 @@ def _draw(finished: list[Record], groups: list[SeedGroup], keys: list[str]) -> F
     shared = finished[0]
     source = f"data {str(shared['data_id'])[:12]}" if shared["lm"] is None else shared["lm"]
     title = "  ·  ".join([source, *([] if shared["hook"] is None else [shared["hook"]])])
-    say = {"x": left / total_width, "color": TEXT}
+    say: dict[str, Any] = {"x": left / total_width, "color": TEXT}
     figure.text(s=title, y=1 - 0.18 / total_height, va="top", fontsize=FONT_SIZE + 3, fontweight="bold", **say)
     figure.text(s=f"d_sae {shared['d_sae']:,}  ·  {shared['n_tokens']:,} training tokens", y=1 - 0.47 / total_height,
                 va="top", fontsize=FONT_SIZE, **say)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -56,8 +57,8 @@ def readable_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             return ticks
     # Less than about half a decade: log and linear hardly differ there.
-    ticks = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(tick) for tick in ticks if low <= tick <= high]
+    linear = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in linear if low <= tick <= high]
 
 
 def label_log_axes(axes: Axes, size: float = FONT_SIZE) -> None:
@@ -92,9 +93,11 @@ def draw_curve(axes: Axes, groups: Sequence[SeedGroup], key: str, style: Style, 
         (means by rising L0, runs), the (l0, value) points that can be shown.
     """
     log = axes.get_yscale() == "log"
-    means = sorted(point for group in groups if can_draw(*(point := (group.mean("l0"), group.mean(key))), log=log))
-    runs = [point for group in groups for run in group.runs
-            if can_draw(*(point := (run.get("l0"), run.get(key))), log=log)]
+    means: list[Any] = sorted(
+        point for group in groups if can_draw(*(point := (group.mean("l0"), group.mean(key))), log=log))
+    runs: list[Any] = [
+        point for group in groups for run in group.runs
+        if can_draw(*(point := (run.get("l0"), run.get(key))), log=log)]
     if runs and means and is_curve(groups):
         axes.plot(*zip(*means, strict=True), color=style.color, linewidth=0.25 * marker_size, zorder=2)
     if runs:

@@ -20,9 +20,12 @@ def kernels_for(tensor: Tensor) -> ModuleType:
     """
     match tensor.device.type:
         case "cpu":
-            from sae_zoo.functional import cpu_kernels as kernels
+            from sae_zoo.functional import cpu_kernels
+
+            return cpu_kernels
         case "cuda":
-            from sae_zoo.functional import cuda_kernels as kernels
+            from sae_zoo.functional import cuda_kernels
+
+            return cuda_kernels
         case other:
             raise ValueError(f"device {other} has no sparse kernels; use cpu or cuda (trainer.accelerator=cpu)")
-    return kernels

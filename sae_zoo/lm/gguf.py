@@ -125,8 +125,8 @@ def converted(file: Path, root: Path) -> Path:
         partial = root / f".{folder.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            read, report = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32,
-                                                                output_loading_info=True)
+            pair: Any = AutoModelForCausalLM.from_pretrained(**arguments, dtype=torch.float32, output_loading_info=True)
+            read, report = pair
             if missing := report["missing_keys"]:
                 raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} among them")
             # What was read remembers that it was quantised, and refuses to be saved.

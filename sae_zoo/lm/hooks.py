@@ -10,10 +10,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Sites = Mapping[str, Mapping[str, str]]
 
@@ -58,12 +63,12 @@ class HookPoint:
         return f"{self.site}.{self.layer}"
 
 
-def count_layers(model: nn.Module) -> int:
+def count_layers(model: PreTrainedModel) -> int:
     """Transformer layers of a Hugging Face model."""
     return model.config.get_text_config().num_hidden_layers
 
 
-def resolve_hook(model: nn.Module, sites: Sites | str, layer: int, site: str) -> HookPoint:
+def resolve_hook(model: PreTrainedModel, sites: Sites | str, layer: int, site: str) -> HookPoint:
     """The hook point of ``site`` at ``layer``, known to exist in ``model``.
 
     Args:
@@ -104,9 +109,10 @@ def resolve_hook(model: nn.Module, sites: Sites | str, layer: int, site: str) ->
     return HookPoint(layer, site, path, where["io"])
 
 
-def lm_forward(model: nn.Module, tokens: Tensor):
+def lm_forward(model: PreTrainedModel, tokens: Tensor):
     """The model's output for ``tokens`` [batch, context] int, each row on its own, without a key-value cache."""
-    return model(input_ids=tokens.to(model.get_input_embeddings().weight.device).long(), use_cache=False)
+    embedding: Any = model.get_input_embeddings()  # a module with a weight
+    return model(input_ids=tokens.to(embedding.weight.device).long(), use_cache=False)
 
 
 def _attach(model: nn.Module, hook: HookPoint, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
@@ -149,7 +155,7 @@ class _LastHookReached(Exception):
 
 
 @torch.no_grad()
-def capture(model: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor) -> dict[str, Tensor]:
+def capture(model: PreTrainedModel, hooks: Sequence[HookPoint], tokens: Tensor) -> dict[str, Tensor]:
     """Activations at several hook points from one forward pass, which stops at the last of them.
 
     Args:
@@ -172,7 +178,7 @@ def capture(model: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor) -> dic
     handles = []
     try:
         for name, hook in wanted.items():
-            handles.append(_attach(model, hook, lambda x, name=name: keep(name, x)))
+            handles.append(_attach(model, hook, partial(keep, name)))
         lm_forward(model, tokens)
     except _LastHookReached:
         pass
@@ -185,13 +191,13 @@ def capture(model: nn.Module, hooks: Sequence[HookPoint], tokens: Tensor) -> dic
     return {name: captured[name] for name in wanted}
 
 
-def hook_width(model: nn.Module, hook: HookPoint) -> int:
+def hook_width(model: PreTrainedModel, hook: HookPoint) -> int:
     """Width d of the activations at ``hook``, seen by running two tokens to there."""
     return capture(model, [hook], torch.zeros(1, 2, dtype=torch.long))[hook.name].shape[-1]
 
 
 @contextmanager
-def splice(model: nn.Module, hook: HookPoint, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def splice(model: PreTrainedModel, hook: HookPoint, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within this context every forward pass goes on with ``replace(x)`` instead of the activation x at ``hook``.
 
     Args:

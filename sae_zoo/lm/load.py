@@ -54,15 +54,15 @@ class LoadedLM:
         if self.device is None:
             yield
             return
-        self.model.to("cpu")
+        self.model.to("cpu")  # type: ignore[arg-type]  # transformers wraps it without its self
         yield  # after an error there may be no room on the device, and the error must not be lost
-        self.model.to(self.device)
+        self.model.to(self.device)  # type: ignore[arg-type]  # as above
 
 
 def _download(name: str, revision: str | None) -> Path:
     """The local snapshot of a hub model; its folder is named by the commit."""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"lm.path: {name!r} (revision {revision or 'main'}) is neither a folder nor a hub model that can be "
@@ -181,9 +181,10 @@ def load_lm(path: str, *, revision: str | None = None, dtype: str = "float32", d
     try:
         with _progress_bar(shown=sum(f.stat().st_size for f in files) > _QUIET_BELOW_BYTES):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            pair: Any = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=choose_dtype(dtype, config, "cuda" if device_map else device, made),
                 device_map=device_map, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            model, report = pair
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"lm.path: {folder} cannot be loaded as a causal language model: {error}") from error

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
 
@@ -41,7 +41,8 @@ def train_tokenizer(texts, vocab_size: int, context_size: int) -> PreTrainedToke
                                    clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
 
 
-def build_model(architecture: dict, tokenizer: PreTrainedTokenizerFast, context_size: int, seed: int) -> nn.Module:
+def build_model(architecture: dict, tokenizer: PreTrainedTokenizerFast, context_size: int,
+                seed: int) -> PreTrainedModel:
     """A randomly initialised causal language model.
 
     Args:
@@ -73,7 +74,7 @@ class LanguageModelPretraining(pl.LightningModule):
         loss_chunk: positions whose logits exist at once.
     """
 
-    def __init__(self, model: nn.Module, *, n_steps: int, matrix_lr: float, other_lr: float, weight_decay: float,
+    def __init__(self, model: PreTrainedModel, *, n_steps: int, matrix_lr: float, other_lr: float, weight_decay: float,
                  warmup_steps: int, ignore_ids: tuple[int, ...], loss_chunk: int = 512):
         super().__init__()
         self.automatic_optimization = False  # two optimisers, and a loss that runs its own backward in chunks
@@ -132,7 +133,9 @@ class LanguageModelPretraining(pl.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         # Lightning counts a step for every optimiser it wraps; only the first is wrapped, so one batch is one step.
-        muon, adamw = self.optimizers()[0], self.optimizers(use_pl_optimizer=False)[1]
+        wrapped, bare = self.optimizers(), self.optimizers(use_pl_optimizer=False)
+        assert isinstance(wrapped, list) and isinstance(bare, list)  # of two
+        muon, adamw = wrapped[0], bare[1]
         for optimizer, peak in ((muon, self.matrix_lr), (adamw, self.other_lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * self.lr_factor(self.global_step)

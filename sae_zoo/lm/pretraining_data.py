@@ -22,6 +22,7 @@ class StepDataModule(pl.LightningDataModule):
         self.batches, self.validation = batches, validation
 
     def train_dataloader(self):
+        assert self.trainer is not None  # it is who asks
         self.batches.step = self.trainer.global_step
         return self.batches
 
@@ -52,7 +53,7 @@ class SeededRows:
 
     def __iter__(self) -> Iterator[Tensor]:
         per_pass = len(self.rows) // self.batch_size
-        order, order_of = None, None
+        order, order_of = torch.empty(0, dtype=torch.int64), -1  # of no pass yet
         while self.step < self.n_steps:
             pass_, position = divmod(self.step, per_pass)
             if pass_ != order_of:

@@ -12,12 +12,15 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sae_zoo.lm.hooks import HookPoint, lm_forward
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class FromLayer:
         streams: of the same model (or one like it) at the same hook point; None begins with none.
     """
 
-    def __init__(self, model: nn.Module, hook: HookPoint, streams: Streams | None = None):
+    def __init__(self, model: PreTrainedModel, hook: HookPoint, streams: Streams | None = None):
         self.model, self._streams = model, Streams() if streams is None else streams
         self._below = layers_below(model, hook)
 

@@ -32,8 +32,8 @@ def _config(path: str, revision: str | None) -> Any:
         return gguf_config(file)
     folder = BUILTIN if path == "builtin" else Path(path).expanduser()
     try:
-        file = folder / "config.json" if folder.is_dir() else hf_hub_download(path, "config.json", revision=revision)
-        return AutoConfig.from_pretrained(file, trust_remote_code=False)
+        own = folder / "config.json" if folder.is_dir() else hf_hub_download(path, "config.json", revision=revision)
+        return AutoConfig.from_pretrained(own, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if path in KNOWN_CONFIGS:
             return AutoConfig.for_model(**KNOWN_CONFIGS[path])

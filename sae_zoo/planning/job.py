@@ -166,6 +166,7 @@ class Job:
         packed tokens; for each cache the rows that wait, and at the end a shard.
         """
         work = self.harvest
+        assert work is not None  # asked of jobs that harvest
         n_bytes = work.bytes_on_disk(at_peak=False)
         flops = work.n_forward * work.cost.flops
         waiting = sum(min(_ROWS_WAITING, n_bytes) for _ in work.widths)
@@ -208,8 +209,10 @@ class Job:
         entries = self.entries * rates.selected
         a_step = sae.dense.flops if self.dense else sae.sparse_flops(entries, DEAD_SHARE)
         batches = _BATCHES_READ_AHEAD * sae.batch * sae.d_in * 4
-        waiting, of_lm, pass_bytes = 2 * self.harvest.shard_bytes if self.harvest is not None else 0, 0.0, 0.0
+        waiting: float = 2 * self.harvest.shard_bytes if self.harvest is not None else 0
+        of_lm, pass_bytes = 0.0, 0.0
         if self.online is not None:
+            assert self.harvest is not None  # of the held-out rows
             waiting, of_lm = self._on_the_fly()
             pass_bytes = _on_heap(machine, self.harvest.cost.peak_bytes)
         peak = sae.peak_bytes(sae.d_sae if self.dense else entries, dense=self.dense or self.starts_dense,
@@ -225,6 +228,7 @@ class Job:
         begun, and twice for the rows that the input's scale and the start are taken from.
         """
         work, text, sae = self.harvest, self.online, self.sae
+        assert work is not None and text is not None  # asked of jobs on the fly
         buffer_rows = min(text.buffer_rows, text.n_tokens)
         rows = self.n_steps * sae.batch * self.devices + buffer_rows + 2 * min(SAMPLE_ROWS, text.n_tokens)
         of_a_pass = (work.context_size - 1) * work.batch_size
@@ -241,7 +245,8 @@ class Job:
         what is kept, and the passes' peak with gradients.
         """
         seconds, flops = self._encoding(rates, self.n_rows + (self.n_lm_tokens if self.lm is not None else 0))
-        peak, kept = 0, 0
+        peak: float = 0
+        kept: float = 0
         if self.lm is not None and self.harvest is not None:
             lm, batches = self.lm, max(1, self.n_lm_tokens // self.harvest.context_size) / self.harvest.batch_size
             kept = min(batches * lm.stream_bytes, MOST_BYTES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,8 @@ def lm_cost(model: PreTrainedModel, hook: HookPoint, *, batch_size: int, context
     One pass is metered: until the hook point nothing is kept for a gradient, so what was seen when it is reached is
     what a harvest costs.
     """
-    tokens, seen, leaves = torch.zeros(batch_size, context_size, dtype=torch.int32), {"below": 0, "stream_bytes": 0}, []
+    tokens, leaves = torch.zeros(batch_size, context_size, dtype=torch.int32), []
+    seen: dict[str, Any] = {"below": 0, "stream_bytes": 0}
     below = layers_below(model, hook)
     with Meter() as meter, ExitStack() as stack:
 

@@ -87,7 +87,8 @@ class Plan:
     @property
     def harvests(self) -> dict[str, Harvest]:
         """Harvests of all jobs, each once, by what decides its caches."""
-        return {key: planned.job.harvest for planned, key in zip(self.jobs, self.harvest_of, strict=True) if key}
+        return {key: harvest for planned, key in zip(self.jobs, self.harvest_of, strict=True)
+                if key and (harvest := planned.job.harvest) is not None}
 
     @property
     def missing(self) -> list[Harvest]:
@@ -119,6 +120,7 @@ class Plan:
         for planned, key in zip(self.jobs, self.harvest_of, strict=True):
             for phase in planned.phases(self.machine):
                 if phase.name == "harvest":
+                    assert key is not None  # of a job that harvests
                     if key in done:
                         continue
                     done.add(key)

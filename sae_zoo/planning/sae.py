@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -157,6 +158,7 @@ def _dense_step(build: Callable[[], SAE], batch: int) -> Cost:
         sae = build()
         sae.auxk_coefficient = 0.0  # when a run begins no latent is dead
         if not _is_of_rows(sae):
-            sae.selection = lambda *, training: _OneLook()
+            one_look: Any = _OneLook()  # which has all that a step asks of it
+            sae.selection = lambda *, training: one_look  # type: ignore[method-assign]  # of this one alone
         sae.loss(torch.empty(batch, sae.d_in), sparse=False).total.backward()
         return meter.so_far()

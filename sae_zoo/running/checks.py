@@ -44,7 +44,7 @@ def types_of(maker: Callable[..., Any]) -> dict[str, Any]:
     hints: dict[str, Any] = {}
     for base in reversed(maker.__mro__):
         if base.__module__.startswith("sae_zoo") and "__init__" in vars(base):
-            hints |= typing.get_type_hints(base.__init__)
+            hints |= typing.get_type_hints(vars(base)["__init__"])
     return hints
 
 

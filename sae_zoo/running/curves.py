@@ -43,7 +43,7 @@ class Curves(Logger):
         self._rewrite(rows)
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row = {"step": step, **{key: value for key, value in metrics.items() if key != "epoch"}}  # there is but one
         if new := [key for key in row if key not in self._columns]:
             with open(self.file, newline="") as file:

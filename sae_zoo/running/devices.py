@@ -58,7 +58,7 @@ def devices_of(accelerator: str, devices: int | str | Sequence[int]) -> list[int
         ValueError: if they are not there.
     """
     on_cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    kind = CUDAAccelerator if on_cuda else CPUAccelerator
+    kind: Any = CUDAAccelerator if on_cuda else CPUAccelerator  # parse_devices takes less by the types of either
     try:
         found = kind.auto_device_count() if devices == "auto" else kind.parse_devices(devices)
     except (MisconfigurationException, TypeError, ValueError) as error:

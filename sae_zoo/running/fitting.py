@@ -71,7 +71,7 @@ def fit(settings: TrainSettings, source: Source, run_dir: Path, *,
         checkpoints.fit(trainer, sae, data, checkpoint)
     finally:
         if settings.wandb_project is not None:
-            trainer.loggers[-1].experiment.finish()
+            trainer.loggers[-1].experiment.finish()  # type: ignore[attr-defined]  # it is wandb's
     sae.eval().requires_grad_(False).to(settings.trainer.device)
     return sae, sae.calibrate(data.validation_rows()) if trainer.is_global_zero else None
 
@@ -89,8 +89,8 @@ def _trainer(settings: TrainSettings, run_dir: Path, curves: Curves, callbacks: 
     of_trainer, n_steps = settings.trainer, settings.recipe.n_steps
     return pl.Trainer(
         max_steps=n_steps, accelerator=of_trainer.accelerator, devices=of_trainer.devices,
-        num_nodes=of_trainer.num_nodes, precision=of_trainer.precision,
-        gradient_clip_val=of_trainer.gradient_clip_val,
+        num_nodes=of_trainer.num_nodes, gradient_clip_val=of_trainer.gradient_clip_val,
+        precision=of_trainer.precision,  # type: ignore[arg-type]  # Lightning refuses what it does not know
         # Buffers are counters of what all devices saw, so the same everywhere, and need not be sent.
         strategy="auto" if of_trainer.n_processes == 1 else DDPStrategy(broadcast_buffers=False),
         logger=_loggers(settings, run_dir, curves), log_every_n_steps=of_trainer.log_every_n_steps,

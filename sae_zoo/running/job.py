@@ -121,7 +121,9 @@ def run_on_devices(config: Config, run_dir: Path, *, logging_config: Mapping[str
     except (ValueError, OSError, RankFailed) as error:  # of which the first of the processes may have said more
         write_record(run_dir, {**record, **(read_record(run_dir) or {}), "status": FAILED, "error": one_line(error)})
         raise
-    return read_record(run_dir)
+    written = read_record(run_dir)
+    assert written is not None  # by the first of the processes
+    return written
 
 
 def _failure(error: Exception) -> dict[str, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sae_zoo.data.cache import Cache
 from sae_zoo.evaluation.suite import HeldOutRows, score_attribution, score_in_lm, score_sae, within
 from sae_zoo.files import replacing
-from sae_zoo.running.settings import TrainSettings
+from sae_zoo.running.settings import CacheSettings, TrainSettings
 from sae_zoo.running.sources import Source
 from sae_zoo.saes import SAE
 from sae_zoo.saes.lightning import Calibration
@@ -30,10 +31,12 @@ def evaluate_sae(settings: TrainSettings, sae: SAE, source: Source, run_dir: Pat
         counts.write_csv(temporary)
     if source.lm is None:
         return {**metrics, **dict.fromkeys(_IN_LM)}
-    cache = source.activations
+    cache, data = source.activations, settings.source.data
+    # What there is where there is a language model.
+    assert isinstance(cache, Cache) and isinstance(data, CacheSettings) and source.hook is not None
     where = (source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"])
-    how = {"n_tokens": settings.evaluation.n_lm_tokens, "batch_size": settings.source.data.lm.batch_size,
-           "progress_bar": show}
+    how: dict[str, Any] = {"n_tokens": settings.evaluation.n_lm_tokens, "batch_size": data.lm.batch_size,
+                           "progress_bar": show}
     bound = cache.norm_bound
     # A language model that is spread over devices has the hook point on any of them.
     in_lm = {**score_in_lm(within(lambda x: sae.reconstruct(x.to(device)), bound), *where, **how),

@@ -166,7 +166,7 @@ def corpus_of(config: Config) -> Corpus:
     Raises:
         ValueError: if its name is unknown, or it is empty.
     """
-    name = config.get("name")
+    name: Any = config.get("name")
     if str(name) not in CORPORA:
         raise ValueError(f"corpus.name: {name!r} is unknown; choose from {', '.join(sorted(CORPORA))}")
     return CORPORA[name](**checked(CORPORA[name], without(config, "name"), where="corpus."))

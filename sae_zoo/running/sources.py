@@ -33,8 +33,9 @@ class Source:
 
     def aside(self) -> AbstractContextManager[None]:
         """Meanwhile the language model makes room on its device, unless the activations come from it."""
-        stays = self.lm is None or isinstance(self.activations, OnlineActivations)
-        return nullcontext() if stays else self.lm.aside()
+        if self.lm is None or isinstance(self.activations, OnlineActivations):
+            return nullcontext()
+        return self.lm.aside()
 
     @property
     def cache_id(self) -> str | None:
@@ -85,6 +86,7 @@ def open_source(settings: SourceSettings, device: torch.device, *, process: tupl
 
 def _of_lm(settings: SourceSettings, caches: CacheSettings, device: torch.device, *, process: tuple[int, int],
            progress_bar: bool) -> Source:
+    assert settings.hook is not None  # of a language model
     lm = caches.lm.load(device)
     hook, *along = (caches.lm.hook(lm.model, layer, site)
                     for layer, site in ((settings.hook.layer, settings.hook.site), *settings.hook.along))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae_zoo.data.activations import Activations
 from sae_zoo.data.module import ActivationData
-from sae_zoo.data.read_ahead import ReadAhead
+from sae_zoo.data.read_ahead import SizedBatches
 from sae_zoo.records import digest
 from sae_zoo.running.checkpoints import Interrupts, Stopped
 from sae_zoo.running.checks import Config
@@ -55,13 +55,15 @@ class Alone:
 
     Attributes:
         interrupts: its Ctrl-C.
-        leads: whether it is the one to show how far training is.
     """
-
-    leads = True
 
     def __init__(self):
         self.interrupts = Interrupts()
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the one to show how far training is."""
+        return True
 
     def clock(self) -> float:
         """Seconds since some moment."""
@@ -98,7 +100,7 @@ class _Member(Alone):
         super().__init__()
         self.shared, self.interrupts = shared, shared.interrupts
         self.wanted: int | None = None
-        self.reader: Callable[[], ReadAhead] | None = None
+        self.reader: Callable[[], SizedBatches] | None = None
         self.result: Any = None
         self._greenlet = greenlet(task)
         self._greenlet.gr_context = copy_context()
@@ -167,6 +169,7 @@ class _SharedData(ActivationData):
         self._member = member
 
     def train_dataloader(self) -> _Turns:
+        assert self.trainer is not None  # it is who asks
         self._member.reader = super().train_dataloader
         return _Turns(self._member, self.trainer.global_step, self.n_steps)
 
@@ -221,13 +224,17 @@ def train_together(tasks: Sequence[Callable[[], T]]) -> list[T]:
             for member in shared.members:
                 if not shared.interrupts.count:
                     turn(member)
-            batches, position = None, None
+            batches: Iterator[Tensor] = iter(())
+            position: int | None = None  # of the batch that ``batches`` give next
+            given: Tensor | BaseException
             while members := waiting():
-                step = min(member.wanted for member in members)
+                step = min(member.wanted for member in members if member.wanted is not None)
                 due = [member for member in members if member.wanted == step]
                 try:
                     if step != position:
-                        batches = iter(due[0].reader())
+                        reader = due[0].reader
+                        assert reader is not None  # of who waits for a batch
+                        batches = iter(reader())
                     given, position = next(batches), step + 1
                 except Exception as error:  # it belongs to those who asked for the batch
                     given, position = error, None

@@ -10,6 +10,7 @@ import logging.config
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 from sae_zoo.command_line import one_line
@@ -29,7 +30,7 @@ def _harvest(config: Config) -> None:
     harvest_all(HarvestSettings.of(config))
 
 
-TASKS = {"train": _train, "harvest": _harvest}
+TASKS: dict[str, Callable[..., None]] = {"train": _train, "harvest": _harvest}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import pkgutil
 
 from sae_zoo.saes.base import SAE, SAELoss, SAEOutput
 
-_NOT_VARIANTS = frozenset({"base", "lightning", "io"})
+_NOT_VARIANTS = frozenset({"attributes", "base", "lightning", "io"})
 
 
 def variants() -> list[str]:

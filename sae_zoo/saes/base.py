@@ -13,7 +13,7 @@ raw activations.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -259,17 +259,22 @@ class SAE(LightningSAE, ABC):
     def _centre(self, x: Tensor) -> Tensor:
         return x - self.b_dec if self.subtract_b_dec else x
 
+    def _selection_of_rows(self) -> Selection:
+        selection = self.selection(training=False)
+        assert isinstance(selection, Selection)  # outside training no variant looks at the whole batch
+        return selection
+
     def encode(self, x: Tensor) -> Tensor:
         """Latents [batch, d_sae], in raw units, of raw activations [batch, d_in]; differentiable."""
         pre_acts = torch.addmm(getattr(self, self.encoder_bias), self._centre(self._normalise(x)), self.W_enc)
-        return self.dense_latents(pre_acts, self.selection(training=False)) * self.input_scale
+        return self.dense_latents(pre_acts, self._selection_of_rows()) * self.input_scale
 
     @torch.no_grad()
     def encode_sparse(self, x: Tensor) -> SparseCode:
         """:meth:`encode` without the zeros, and without the memory that they would take."""
         pre_acts, active = sparse_pre_acts(
             self._centre(self._normalise(x)), self.W_enc, getattr(self, self.encoder_bias), None,
-            self.selection(training=False),
+            self._selection_of_rows(),
         )
         return SparseCode(active, self.latents(pre_acts, active.latent_ids) * self.input_scale)
 
@@ -340,11 +345,10 @@ class SAE(LightningSAE, ABC):
     @property
     def auxk_weight(self) -> float:
         """Weight of the AuxK loss in this run."""
-        return self.auxk_coefficient * auxk_factor(self.recipe.n_steps, self.recipe.auxk_full_steps)
+        return self.auxk_coefficient * auxk_factor(self._recipe.n_steps, self._recipe.auxk_full_steps)
 
-    def _auxk(self, target: Tensor, errors: Sequence[Tensor], mean_error: Tensor) -> dict[str, Tensor]:
-        dead = self.dead.nonzero().squeeze(1) if self.auxk_coefficient else ()
-        if not len(dead):
+    def _auxk(self, target: Tensor, errors: tuple[Tensor, ...], mean_error: Tensor) -> dict[str, Tensor]:
+        if not self.auxk_coefficient or not len(dead := self.dead.nonzero().squeeze(1)):
             return {}
         # A latent whose bias is its threshold is dead because its pre-activation is never above 0: without the bias it
         # is.
@@ -380,7 +384,9 @@ class SAE(LightningSAE, ABC):
         reconstruction = means.pop("reconstruction")
         terms = {"reconstruction": reconstruction, **self.terms(means),
                  **self._auxk(target, errors, reconstruction.detach())}
-        return SAELoss(sum(terms.values()), terms, Counts(
+        total = sum(terms.values())
+        assert isinstance(total, Tensor)  # there are terms
+        return SAELoss(total, terms, Counts(
             sum(c.tokens_of for c in counts), sum(c.excess_of for c in counts),
             sum(c.n_selected for c in counts), sum(c.squared_error for c in counts),
             sum(c.bounded_error for c in counts), len(x)), selection)

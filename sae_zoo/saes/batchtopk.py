@@ -30,16 +30,21 @@ class BatchTopKSAE(SAE):
     variant = "batchtopk"
     has_coefficient = False
     lr_l0_multiple = 1.5  # as TopK's
+    threshold: Tensor
 
     def __init__(self, *, auxk_coefficient: float = 1 / 32, **common: Any):
         super().__init__(auxk_coefficient=auxk_coefficient, **common)
         self.register_buffer("threshold", torch.zeros(()))
 
     def selection(self, *, training: bool) -> Selection | LargestOfBatch:
-        return LargestOfBatch(self.l0_target, self.threshold) if training else Above(self.threshold)
+        if not training:
+            return Above(self.threshold)
+        assert self.l0_target is not None  # nothing else says how sparse to be
+        return LargestOfBatch(self.l0_target, self.threshold)
 
     @torch.no_grad()
-    def observe(self, selection: Above) -> None:
+    def observe(self, selection: Selection) -> None:
+        assert isinstance(selection, Above) and isinstance(selection.bound, Tensor)  # as LargestOfBatch makes it
         smallest = mean_over_processes({"smallest": selection.bound})["smallest"]
         self.threshold.lerp_(smallest, _NEWEST)
 

@@ -30,6 +30,7 @@ class GatedSAE(SAE):
     variant = "gated"
     encoder_bias = "b_gate"
     bias_is_threshold = True
+    b_gate: nn.Parameter
 
     def __init__(self, *, form: str = "original", **common: Any):
         if form not in FORMS:

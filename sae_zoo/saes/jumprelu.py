@@ -59,7 +59,7 @@ class JumpReLUSAE(SAE):
                              "give them, or use sae.sparsity_loss=l0")
         self.half_width = kernel_half_width(kernel, bandwidth)
         self.sparsity_loss, self.penalty, self.threshold_as = sparsity_loss, penalty, threshold_as
-        self.window = {"kernel": kernel, "bandwidth": bandwidth, "ste_into_pre_acts": ste_into_pre_acts}
+        self.window: dict[str, Any] = {"kernel": kernel, "bandwidth": bandwidth, "ste_into_pre_acts": ste_into_pre_acts}
         super().__init__(**common)
         start = math.log(initial_threshold) if threshold_as == "log" else initial_threshold
         self.threshold_parameter = nn.Parameter(torch.full((self.d_sae,), start))
@@ -116,9 +116,11 @@ class JumpReLUSAE(SAE):
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.penalty == "l1":
             return {"sparsity": self.coefficient * means["l1"]}
-        l0 = means["l0"]
+        l0, target = means["l0"], self.l0_target
         if self.sparsity_loss == "l0_target":
-            l0 = (l0 / self.l0_target - 1).square()
+            assert target is not None  # without one __init__ refuses this loss
+            l0 = (l0 / target - 1).square()
         elif self.sparsity_loss == "l0_target_gemma_scope_2":
-            l0 = 2 / self.l0_target * (l0 - self.l0_target).square()
+            assert target is not None  # as above
+            l0 = 2 / target * (l0 - target).square()
         return {"sparsity": self.coefficient * l0}

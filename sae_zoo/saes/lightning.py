@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sae_zoo.functional.processes import sum_over_processes
+from sae_zoo.saes.attributes import SAEAttributes
 from sae_zoo.training.adam import Adam
 from sae_zoo.training.control import (
     LARGEST_BESIDE_SHIFTS,
@@ -65,7 +66,7 @@ class Calibration:
     fvu_after: float
 
 
-class LightningSAE(pl.LightningModule):
+class LightningSAE(SAEAttributes):
     """Training of an SAE whose maths (``loss``, ``encode_sparse``, ...) a subclass gives.
 
     Args:
@@ -129,13 +130,13 @@ class LightningSAE(pl.LightningModule):
         :attr:`start_density` of the tokens; the tied encoder is then scaled to the least-squares multiple of its
         reconstruction, which it overshoots.
         """
-        if self.recipe.b_dec_start == "mean":
+        if self._recipe.b_dec_start == "mean":
             mean = x.double().mean(0)
             self.input_scale.copy_((x - mean).square().sum(1).mean().sqrt())
             self.b_dec.copy_(mean / self.input_scale)
         x = self._normalise(x)
         centred = x - self.b_dec
-        if self.recipe.decoder_start == "data":
+        if self._recipe.decoder_start == "data":
             self._start_at_rows(centred)
         if self.start_density is None:
             return
@@ -164,7 +165,7 @@ class LightningSAE(pl.LightningModule):
     @property
     def start_density(self) -> float | None:
         """Share of tokens on which each latent is active at a data-dependent start; None where the recipe has none."""
-        if self.recipe.threshold_start == "fixed" or self.l0_target is None:
+        if self._recipe.threshold_start == "fixed" or self.l0_target is None:
             return None
         return min(0.5, self.l0_target / self.d_sae)
 
@@ -195,6 +196,7 @@ class LightningSAE(pl.LightningModule):
         """
         if not self.calibrated:
             return None
+        assert self.l0_target is not None  # of what is calibrated
         start = {k: v.clone() for k, v in self.state_dict().items()}
 
         before = after = self._l0_and_error(x)
@@ -227,7 +229,7 @@ class LightningSAE(pl.LightningModule):
     # Optimiser and schedules.
 
     def configure_optimizers(self):
-        recipe = self.recipe
+        recipe = self._recipe
         parameters = dict(self.named_parameters())
         decoder_lr = recipe.decoder_lr if self.unit_norm_decoder else recipe.free_decoder_lr
         groups = [{"params": [parameters.pop("W_dec")], "lr": decoder_lr, "unit_rows": self.unit_norm_decoder}]
@@ -237,21 +239,22 @@ class LightningSAE(pl.LightningModule):
         groups += [{"params": biases, "lr": recipe.bias_lr}, {"params": list(parameters.values())}]
         optimizer = Adam(groups, lr=recipe.lr, beta1=recipe.beta1, beta2=recipe.beta2, eps=recipe.adam_eps,
                          second_moment=recipe.second_moment)
-        factors = [self.schedule if "is_threshold" in group else self.lr_factor for group in optimizer.param_groups]
+        factors: list[Callable[[int], float]] = [
+            self.schedule if "is_threshold" in group else self.lr_factor for group in optimizer.param_groups]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def schedule(self, step: int) -> float:
         """Share of its peak that the rate of thresholds has at ``step``."""
-        recipe = self.recipe
+        recipe = self._recipe
         return lr_factor(step, n_steps=recipe.n_steps, warmup_steps=recipe.lr_warmup_steps,
                          start_factor=recipe.lr_start_factor, decay_fraction=recipe.lr_decay_fraction)
 
     def lr_factor(self, step: int) -> float:
         """Share of their peak that all other rates have at ``step``; above an L0 it falls in proportion."""
-        if self.lr_l0_multiple is None or self.recipe.lr_l0 is None or self.l0_target is None:
+        if self.lr_l0_multiple is None or self._recipe.lr_l0 is None or self.l0_target is None:
             return self.schedule(step)
-        return self.schedule(step) * min(1.0, self.lr_l0_multiple * self.recipe.lr_l0 / self.l0_target)
+        return self.schedule(step) * min(1.0, self.lr_l0_multiple * self._recipe.lr_l0 / self.l0_target)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, *args, **kwargs) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
@@ -270,7 +273,7 @@ class LightningSAE(pl.LightningModule):
         """The sparsity coefficient in force at this step."""
         fixed = self.sparsity_coefficient
         value = float(self.log_coefficient.exp()) if fixed is None else fixed
-        return value * warmup_factor(self.global_step, self.recipe.coefficient_warmup_steps)
+        return value * warmup_factor(self.global_step, self._recipe.coefficient_warmup_steps)
 
     @property
     def dead_after_tokens(self) -> float:
@@ -278,7 +281,7 @@ class LightningSAE(pl.LightningModule):
         as a latent of mean frequency is silent for, but at least 2,500 and a hundredth of the run, and beyond that at
         most a tenth of it.
         """
-        recipe = self.recipe
+        recipe = self._recipe
         if recipe.dead_after_tokens is not None:
             return recipe.dead_after_tokens
         l0 = self.l0_target or float(self.density) * self.d_sae
@@ -297,10 +300,13 @@ class LightningSAE(pl.LightningModule):
         loss = self.loss(batch)
         if not torch.isfinite(loss.total):
             raise ValueError(f"loss is {loss.total.item()} at step {self.global_step}; lower recipe.lr "
-                             f"({self.recipe.lr}) or check the activations")
+                             f"({self._recipe.lr}) or check the activations")
         self.observe(loss.selection)
         l0, error = self._count(loss.counts)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # when Lightning hands it to the loggers
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # Lightning sets it
+            # Now Lightning hands it to the loggers.
+            optimizer = self.optimizers()
+            assert not isinstance(optimizer, list)
             x = self._normalise(batch)
             n = sum_over_processes(torch.tensor(float(len(x)), device=x.device))
             mean = sum_over_processes(x.sum(0)) / n
@@ -308,7 +314,7 @@ class LightningSAE(pl.LightningModule):
             dead = float(self.dead.float().mean())
             self.log_dict({"L0": l0, "FVU": fvu}, prog_bar=True)
             self.log_dict({"loss": loss.total.detach(), "coefficient": self.coefficient, "shifted": float(self.shifted),
-                           "density": float(self.density), "lr": self.optimizers().param_groups[0]["lr"],
+                           "density": float(self.density), "lr": optimizer.param_groups[0]["lr"],
                            "dead_fraction": dead})
             self._watch(dead, fvu)
         self._control(l0)
@@ -337,8 +343,8 @@ class LightningSAE(pl.LightningModule):
         totals = torch.stack([counts.n_selected.double(), counts.squared_error, counts.bounded_error,
                               torch.full_like(counts.squared_error, counts.n_tokens)])
         n_selected, squared_error, bounded_error, n_tokens = sum_over_processes(totals).tolist()
-        if self.recipe.error_bound is not None:
-            self.error_bound.fill_(self.recipe.error_bound * bounded_error / n_tokens)
+        if self._recipe.error_bound is not None:
+            self.error_bound.fill_(self._recipe.error_bound * bounded_error / n_tokens)
         fired = tokens_of > 0
         # A mean over the last twenty tokens or so on which a latent was active, however rare it is.
         weight = tokens_of / (tokens_of + _EXCESS_TOKENS)
@@ -357,7 +363,8 @@ class LightningSAE(pl.LightningModule):
         """
         if not self.controlled:
             return
-        recipe, average, target = self.recipe, float(self.l0_average), self.l0_target
+        recipe, average, target = self._recipe, float(self.l0_average), self.l0_target
+        assert target is not None  # of what is controlled
         ratio = float(self.heldout_l0_ratio)
         falling = decays(self.global_step, n_steps=recipe.n_steps, decay_fraction=recipe.lr_decay_fraction)
         if falling or not self.bias_is_threshold:

@@ -31,7 +31,8 @@ class MatryoshkaSAE(BatchTopKSAE):
     def sums(self, step: Step) -> dict[str, Tensor]:
         ids = torch.arange(self.d_sae, device=step.latents.device) if step.latent_ids is None else step.latent_ids
         errors = [step.squared_error(step.latents * (ids < size), self.W_dec, self.b_dec)[0] for size in self.sizes]
-        return {"prefixes": sum(errors)}
+        total: Any = sum(errors)  # 0 where one latent is all of them, and has no prefix
+        return {"prefixes": total}
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"prefixes": means["prefixes"]}

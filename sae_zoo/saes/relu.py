@@ -43,7 +43,7 @@ class ReLUSAE(SAE):
         half_width = kernel_half_width(kernel, bandwidth)
         self.lowest_with_gradient = -half_width if penalty == "l0" else 0.0
         self.form, self.penalty = form, penalty
-        self.window = {"kernel": kernel, "bandwidth": bandwidth, "ste_into_pre_acts": True}
+        self.window: dict[str, Any] = {"kernel": kernel, "bandwidth": bandwidth, "ste_into_pre_acts": True}
         super().__init__(**common)
 
     @property

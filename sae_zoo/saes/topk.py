@@ -35,12 +35,12 @@ class TopKSAE(SAE):
 
     def __init__(self, *, auxk_coefficient: float = 1 / 32, k: int | None = None, recall: float = 1.0,
                  l0_target: float | None = None, **common: Any):
-        k = l0_target if k is None else k
-        if k is None or k != int(k) or not 0 < k <= common["d_sae"]:
-            raise ValueError(f"l0_target is {k}; topk needs a whole number from 1 to d_sae = {common['d_sae']}")
+        wanted = l0_target if k is None else k
+        if wanted is None or wanted != int(wanted) or not 0 < wanted <= common["d_sae"]:
+            raise ValueError(f"l0_target is {wanted}; topk needs a whole number from 1 to d_sae = {common['d_sae']}")
         if not 0 < recall <= 1:
             raise ValueError(f"sae.recall is {recall}; it must be above 0 and at most 1 (1: the exact top-k)")
-        self.k = int(k)
+        self.k = int(wanted)
         self.n_buckets = None if recall == 1 else buckets_for(common["d_sae"], self.k, recall)
         super().__init__(l0_target=l0_target, auxk_coefficient=auxk_coefficient, **common)
 

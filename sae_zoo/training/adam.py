@@ -53,10 +53,10 @@ def _step_on(device_type: str) -> Callable[..., None]:
         from sae_zoo.functional.cpu_kernels import adam_  # numba, which a CUDA machine never needs
 
         return adam_
-    step = _compiled() if device_type == "cuda" else adam_reference_
+    step: Any = _compiled() if device_type == "cuda" else adam_reference_
 
-    def with_numbers_in_a_tensor(*tensors: Tensor | None, unit_rows: bool, **numbers: float) -> None:
-        step(*tensors, torch.tensor(list(numbers.values()), device=tensors[0].device), unit_rows=unit_rows)
+    def with_numbers_in_a_tensor(weight: Tensor, *others: Tensor | None, unit_rows: bool, **numbers: float) -> None:
+        step(weight, *others, torch.tensor(list(numbers.values()), device=weight.device), unit_rows=unit_rows)
 
     return with_numbers_in_a_tensor
 

@@ -69,4 +69,6 @@ def members(archive: Path) -> Iterator[tuple[str, bytes]]:
         for member in tar:
             parts = PurePosixPath(member.name).parts
             if member.isfile() and member.size <= _LARGEST_MEMBER and len(parts) > 1 and not {"..", "/"} & set(parts):
-                yield "/".join(parts[1:]), tar.extractfile(member).read()
+                content = tar.extractfile(member)
+                assert content is not None  # of a file
+                yield "/".join(parts[1:]), content.read()
