@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -15,6 +16,20 @@ from hydra.core.global_hydra import GlobalHydra
 torch.set_num_threads(1)  # the tensors of most tests are tiny
 if "PYTEST_XDIST_WORKER" in os.environ:  # such a worker ignores Ctrl-C, and tests look at what it does
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Files that take longest, the longest first: begun last, one of them would keep a single worker busy while the others
+# wait.
+_SLOW_FILES = ("running/test_devices.py", "test_train.py", "test_plan.py", "planning/test_sae.py",
+               "benchmarks/test_step.py", "running/test_turns.py", "faults/test_train_faults.py",
+               "functional/test_triton_kernels.py", "analysis/test_notebook.py", "benchmarks/test_kills.py",
+               "analysis/test_paper.py", "test_experiments.py")
+
+
+def pytest_collection_modifyitems(items):
+    order = {name: number for number, name in enumerate(_SLOW_FILES)}
+    here = Path(__file__).parent
+    items.sort(key=lambda item: order.get(item.path.relative_to(here).as_posix(), len(order)))
 
 
 @pytest.fixture

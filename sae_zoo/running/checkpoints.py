@@ -13,6 +13,7 @@ import pickle
 import signal
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +53,7 @@ def _damage(path: Path) -> str | None:
         torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     # What the two make of damage depends on where it is.
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, OSError, NotImplementedError,
-            ValueError, KeyError, TypeError, AttributeError) as error:
+            ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         return (str(error).splitlines() or [type(error).__name__])[0]
     return None
 

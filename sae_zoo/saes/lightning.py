@@ -359,7 +359,7 @@ class LightningSAE(SAEAttributes):
         The coefficient follows the mean error of L0, and so comes to where thresholds stay by themselves. Thresholds
         are raised directly where that is too slow: those that are trained as such while L0 is far off, and any while
         the rates fall, and with them the hold of the coefficient. Biases are left to the coefficient before that:
-        raised too, they take over what the penalty has to teach (FVU of Gated 0.152 instead of 0.135, analysis/LOG.md).
+        raised too, they take over what the penalty has to teach (in one trial FVU of Gated 0.152 instead of 0.135).
         """
         if not self.controlled:
             return

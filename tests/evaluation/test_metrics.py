@@ -69,6 +69,30 @@ def test_latents_by_hand(tmp_path):
     counts.write_csv(tmp_path / "latents.csv")
     rows = list(csv.DictReader((tmp_path / "latents.csv").read_text().splitlines()))
     assert rows[1] == {"latent": "1", "frequency": "0.25", "mean_active_value": "3", "max_value": "4"}
+    assert rows[3] == {"latent": "3", "frequency": "0.125", "mean_active_value": "1", "max_value": "1"}
+    assert rows[0] == {"latent": "0", "frequency": "0", "mean_active_value": "0", "max_value": "0"}
+
+
+def test_shares_of_latents_by_hand():
+    """Of five latents one never fires; the others on 1, 2, 10 and 11 of 100 tokens: 1 % and 10 % are not more."""
+    dense = torch.zeros(100, 5)
+    for latent, n in enumerate((1, 2, 10, 11)):
+        dense[:n, latent] = 1.0
+    counts = LatentCounts(5)
+    counts.add(SparseCode.from_dense(dense))
+    summary = counts.summary()
+    assert summary["dead_fraction"] == 0.2 and summary["l0"] == pytest.approx(0.24)
+    assert summary["fraction_above_1pct"] == pytest.approx(0.6)
+    assert summary["fraction_above_10pct"] == pytest.approx(0.2)
+
+
+def test_what_cannot_be_said_is_nan():
+    """Constant rows have no variance to explain; a reconstruction of zeros has no bias."""
+    sums = ReconstructionSums()
+    sums.add(torch.ones(5, 3), torch.zeros(5, 3))
+    found = sums.result()
+    assert math.isnan(found.fvu) and math.isnan(found.relative_reconstruction_bias)
+    assert found.mse == 1.0 and found.n_rows == 5
 
 
 def test_the_error_of_l0_takes_neighbours_for_alike():

@@ -2,6 +2,8 @@ import itertools
 import os
 import shutil
 import signal
+import zipfile
+import zlib
 
 import pytest
 import pytorch_lightning as pl
@@ -152,6 +154,18 @@ def test_a_flipped_bit_or_a_cut_is_found_or_harmless(small_checkpoint, data):
     if found is not None:
         assert plain(torch.load(found, weights_only=True)) == state
         assert len(damaged) == len(content)
+
+
+def test_a_part_that_says_it_is_compressed_is_passed_over(small_checkpoint, monkeypatch, caplog):
+    """As one flipped bit in the header of a stored part does."""
+    folder, content, _ = small_checkpoint
+    (folder / "000000001.ckpt").write_bytes(content)
+
+    def inflate(archive):
+        raise zlib.error("Error -3 while decompressing data: invalid stored block lengths")
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", inflate)
+    assert newest_checkpoint(folder) is None and "is damaged (Error -3 while decompressing" in caplog.text
 
 
 def test_a_pickled_object_is_no_checkpoint(tmp_path):
