@@ -15,6 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ import torch
 
 from benchmarks.quality import align
 from sae_zoo.config import compose_config
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.data.cache import open_cache
-from sae_zoo.data.file import FileActivations
 from sae_zoo.evaluation.suite import HeldOutRows, score_sae
 from sae_zoo.process import prepare_process
 from sae_zoo.running.fitting import fit
@@ -117,7 +118,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     prepare_process()
-    logging.getLogger("sae_zoo").setLevel(logging.ERROR)  # what a run has to say stands in its row
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     rows = []
@@ -143,6 +143,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"rows": rows, "sound": sum(not row["wrong"] for row in rows), "runs": len(rows)}
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Whatever a run has to say stands in its row."""
+    log = logging.getLogger("sae_zoo")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _train(source: Source, key: dict[str, Any], n_rows: int, folder: Path) -> dict[str, Any]:
     settings = TrainSettings.of(compose_config("train", [
         f"sae={key['arm']}", f"d_sae={key['d_sae']}", f"l0_target={key['target']}", f"recipe.n_steps={key['steps']}",
@@ -151,7 +163,8 @@ def _train(source: Source, key: dict[str, Any], n_rows: int, folder: Path) -> di
     source.activations.leave_out(settings.source.max_norm)
     with tempfile.TemporaryDirectory(dir=folder) as run_dir:
         start = time.perf_counter()
-        sae, calibration = fit(settings, source, Path(run_dir))
+        with _quiet():
+            sae, calibration = fit(settings, source, Path(run_dir))
         seconds = time.perf_counter() - start
     # Rows of many times the median are nobody's: left out of the score, whether they were left out of training or not.
     source.activations.leave_out(compose_config("train", [])["data"]["max_norm"])
