@@ -259,7 +259,7 @@ class Bench:
         test, _ = score_sae(sae, HeldOutRows(self.cache, "test", self.cache.n_rows("test"), device=device,
                                                progress_bar=False))
         in_lm = score_in_lm(sae.reconstruct, self._source.lm, self._source.hook, self.cache.tokens("test"),
-                            self.cache.manifest["special_ids"], n_tokens=_LM_TOKENS, batch_size=_LM_BATCH,
+                            self.cache.special_ids, n_tokens=_LM_TOKENS, batch_size=_LM_BATCH,
                             progress_bar=False)
         return {**{f"{key}_validation": validation[key] for key in ("l0", "fvu")},
                 **{key: test[key] for key in _SCORES}, **{key: in_lm[key] for key in _LM_SCORES}}

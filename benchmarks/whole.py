@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.step import Trainee, shape_argument, synthetic, variants_argument
 from sae_zoo.config import compose_config
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.process import prepare_process
 from sae_zoo.running.fitting import fit
 from sae_zoo.running.settings import TrainSettings

@@ -14,7 +14,7 @@ import pandas as pd
 from torch import Tensor
 
 from sae_zoo.config import run_entry_point
-from sae_zoo.data.cache import Cache
+from sae_zoo.data.activations import TextActivations
 from sae_zoo.evaluation.suite import HeldOutRows, score_in_lm, score_reconstruction, score_sae, within
 from sae_zoo.running.checks import Config
 from sae_zoo.running.job import read_config
@@ -50,10 +50,10 @@ def evaluate(config: Config) -> pd.DataFrame:
         row = {key: scores.get(key) for key in ("l0", "fvu", "mse", "cosine")}
         if source.lm is not None:
             # What there is where there is a language model.
-            assert isinstance(activations, Cache) and isinstance(settings.data, CacheSettings)
+            assert isinstance(activations, TextActivations) and isinstance(settings.data, CacheSettings)
             assert source.hook is not None
             in_lm = score_in_lm(within(reconstruct, activations.norm_bound), source.lm, source.hook,
-                                activations.tokens(split), activations.manifest["special_ids"],
+                                activations.tokens(split), activations.special_ids,
                                 n_tokens=config["n_lm_tokens"], batch_size=settings.data.lm.batch_size,
                                 progress_bar=show)
             row |= {key: in_lm[key] for key in ("delta_lm_loss", "loss_recovered", "kl")}

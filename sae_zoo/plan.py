@@ -23,8 +23,8 @@ from hydra.core.hydra_config import HydraConfig
 from transformers import PreTrainedModel
 
 from sae_zoo.config import run_entry_point
+from sae_zoo.data.array_file import open_array
 from sae_zoo.data.cache import MANIFEST, make_cache_id
-from sae_zoo.data.file import open_array
 from sae_zoo.data.module import START_ROWS, VALIDATION_ROWS
 from sae_zoo.data.norms import describe
 from sae_zoo.data.remote import RemoteFolder

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from analysis.latents.survey import SPLIT, Survey, fired
-from sae_zoo.data.cache import Cache
+from sae_zoo.data.activations import TextActivations
 from sae_zoo.saes import SAE
 
 # How many contexts of each kind, and how many tokens of text stand before and after the one that each is about.
@@ -60,7 +60,7 @@ def choose_places(found: Survey, latent: int, context_size: int) -> dict[str, li
     return {"top": top, "middle": take((place for _, place in around), KINDS["middle"]), "bottom": bottom}
 
 
-def contexts(sae: SAE, cache: Cache, found: Survey, latents: Sequence[int], *,
+def contexts(sae: SAE, cache: TextActivations, found: Survey, latents: Sequence[int], *,
              progress_bar: bool = False) -> dict[int, list[Context]]:
     """Contexts of each of ``latents``: top, middle, bottom, each in order of falling activation.
 

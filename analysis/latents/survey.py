@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from analysis.latents.streaming import Histograms, Kept
-from sae_zoo.data.activations import Activations
-from sae_zoo.data.cache import Cache
+from sae_zoo.data.activations import Activations, TextActivations
 from sae_zoo.evaluation.latents import LatentCounts
 from sae_zoo.evaluation.suite import HeldOutRows
 from sae_zoo.functional.sparse_code import SparseCode
@@ -36,7 +35,7 @@ class Entries(NamedTuple):
 
 def fired(sae: SAE, activations: Activations, *, progress_bar: bool = False) -> Iterator[tuple[SparseCode, Entries]]:
     """All held-out rows, encoded piece by piece; everything on the CPU."""
-    context_size = activations.tokens(SPLIT).shape[1] if isinstance(activations, Cache) else None
+    context_size = activations.tokens(SPLIT).shape[1] if isinstance(activations, TextActivations) else None
     rows = HeldOutRows(activations, SPLIT, activations.n_rows(SPLIT), device=sae.W_dec.device,
                        progress_bar=progress_bar)
     for places, x in rows.pieces():

@@ -21,7 +21,7 @@ from analysis.paper.cost import draw_cost
 from analysis.paper.curves import draw_curves, notes_on_curves
 from analysis.paper.frequencies import draw_frequencies, notes_on_frequencies
 from analysis.paper.runs import NotMeasured, Runs, load_runs
-from analysis.paper.thresholds import draw_thresholds
+from analysis.paper.threshold_figure import draw_thresholds
 from analysis.paper.windows import draw_windows
 from sae_zoo.frontier.style import save_figure
 

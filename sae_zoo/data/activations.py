@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -144,3 +144,35 @@ class Activations(ABC):
     def _check_range(self, split: str, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.n_rows(split):
             raise ValueError(f"rows {start} to {stop} of {split} were asked for; it has {self.n_rows(split)}")
+
+
+class Origin(NamedTuple):
+    """Origins of rows, int32 [n] each: ``token_ids[i]`` is ``tokens(split)[sequences[i], positions[i]]``."""
+
+    token_ids: Tensor
+    sequences: Tensor
+    positions: Tensor
+
+
+class TextActivations(Activations):
+    """Activations of a language model on text that is kept, so that each row is a token of it.
+
+    Attributes:
+        cache_id: the name of the cache that holds the held-out rows.
+        special_ids: ids of the tokens that give no row: BOS, EOS and padding.
+    """
+
+    cache_id: str
+    special_ids: Sequence[int]
+
+    @abstractmethod
+    def tokens(self, split: str) -> Tensor:
+        """The packed tokens that the language model read, int32 [n_sequences, context_size]."""
+
+    @abstractmethod
+    def origin(self, split: str, start: int, stop: int) -> Origin:
+        """Token id, row of :meth:`tokens` and position in it, of rows ``start`` to ``stop``.
+
+        Raises:
+            ValueError: if they are not all there.
+        """

@@ -10,15 +10,16 @@ import hashlib
 import json
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae_zoo.data.activations import Activations
+from sae_zoo.data.activations import Origin, TextActivations
 from sae_zoo.data.folders import Folder, Found, LocalFolder
 from sae_zoo.data.norms import Norms
 from sae_zoo.data.shards import ShardStream, StoredTensor
@@ -55,30 +56,63 @@ def cache_lock(root: Path | str, cache_id: str, *, part: int = 0) -> AbstractCon
     return locked(Path(root) / name, f"building {cache_id}")
 
 
-class Origin(NamedTuple):
-    """Origins of rows, int32 [n] each: ``token_ids[i]`` is ``cache.tokens(split)[sequences[i], positions[i]]``."""
+class StoredActivations(TextActivations):
+    """Activations of every split in files: of one finished cache, or of all its parts.
 
-    token_ids: Tensor
-    sequences: Tensor
-    positions: Tensor
+    Attributes:
+        manifest: facts, see CACHE_FORMAT.md.
+    """
+
+    def __init__(self, manifest: dict[str, Any]):
+        self.manifest = manifest
+        self.cache_id = self.data_id = manifest["cache_id"]
+        self.d_in = manifest["d_in"]
+        self.special_ids = manifest["special_ids"]
+        self.norms = Norms.from_json(manifest["norms"]["histogram"])
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on disk, without the manifest."""
+        return sum(entry["bytes"] for entry in self.files())
+
+    def rows(self, split: str, start: int, stop: int) -> Tensor:
+        return self._read(split, "activations", start, stop).float()
+
+    def origin(self, split: str, start: int, stop: int) -> Origin:
+        return Origin(*(self._read(split, name, start, stop) for name in Origin._fields))
+
+    @abstractmethod
+    def files(self) -> list[dict[str, Any]]:
+        """Every file but the manifest: ``file`` (relative), ``rows``, ``bytes``, ``sha256``."""
+
+    @abstractmethod
+    def shards(self, split: str, name: str) -> list[StoredTensor]:
+        """The tensor ``name`` of every shard, as stored."""
+
+    @abstractmethod
+    def verify_hashes(self) -> None:
+        """Compare the SHA-256 of every file with the manifest; reads everything.
+
+        Raises:
+            ValueError: at the first file whose content has changed.
+        """
+
+    @abstractmethod
+    def _read(self, split: str, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of the tensor ``name``, across shards."""
 
 
-class Cache(Activations):
+class Cache(StoredActivations):
     """A finished cache; made by :func:`open_cache`.
 
     Attributes:
         folder: where it lies.
-        manifest: its facts, see CACHE_FORMAT.md.
         stored: the tensors of each of its files, by the names of file and tensor.
-        cache_id: its name; also its ``data_id``.
     """
 
     def __init__(self, folder: Folder, manifest: dict[str, Any], stored: Mapping[str, Mapping[str, StoredTensor]]):
-        self.folder, self.manifest, self.stored = folder, manifest, stored
-        self.cache_id: str = manifest["cache_id"]
-        self.data_id = self.cache_id
-        self.d_in: int = manifest["d_in"]
-        self.norms = Norms.from_json(manifest["norms"]["histogram"])
+        super().__init__(manifest)
+        self.folder, self.stored = folder, stored
 
     @property
     def path(self) -> Path | str:
@@ -86,30 +120,12 @@ class Cache(Activations):
         return self.folder.path
 
     def files(self) -> list[dict[str, Any]]:
-        """Every file but the manifest: ``file`` (relative), ``rows``, ``bytes``, ``sha256``."""
         return [entry for split in self.manifest["splits"].values() for entry in (split["tokens"], *split["shards"])]
-
-    @property
-    def n_bytes(self) -> int:
-        """Bytes on disk, without the manifest."""
-        return sum(entry["bytes"] for entry in self.files())
 
     def n_rows(self, split: str) -> int:
         return self._split(split)["n_rows"]
 
-    def rows(self, split: str, start: int, stop: int) -> Tensor:
-        return self._read(split, "activations", start, stop).float()
-
-    def origin(self, split: str, start: int, stop: int) -> Origin:
-        """Token id, row of :meth:`tokens` and position in it, of rows ``start`` to ``stop``.
-
-        Raises:
-            ValueError: if they are not all there.
-        """
-        return Origin(*(self._read(split, name, start, stop) for name in Origin._fields))
-
     def tokens(self, split: str) -> Tensor:
-        """The packed tokens that the language model read, int32 [n_sequences, context_size]."""
         stored = self.stored[self._split(split)["tokens"]["file"]]["tokens"]
         table = torch.empty(stored.shape, dtype=stored.dtype)
         stored.read_into(table)
@@ -119,15 +135,13 @@ class Cache(Activations):
         return ShardStream(self.shards(split, "activations"), seed)
 
     def verify_hashes(self) -> None:
-        """Compare the SHA-256 of every file with the manifest; reads the whole cache.
-
-        Raises:
-            ValueError: at the first file whose content has changed.
-        """
         for entry in self.files():
             with self.folder.file(entry).open() as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                     raise _damaged(self.folder, f"the SHA-256 of {entry['file']} is not the manifest's")
+
+    def shards(self, split: str, name: str) -> list[StoredTensor]:
+        return [self.stored[shard["file"]][name] for shard in self._split(split)["shards"]]
 
     def _split(self, split: str) -> dict[str, Any]:
         splits = self.manifest["splits"]
@@ -135,12 +149,7 @@ class Cache(Activations):
             raise ValueError(f"split {split!r} is not in {self.cache_id}; it has {', '.join(splits)}")
         return splits[split]
 
-    def shards(self, split: str, name: str) -> list[StoredTensor]:
-        """The tensor ``name`` of every shard."""
-        return [self.stored[shard["file"]][name] for shard in self._split(split)["shards"]]
-
     def _read(self, split: str, name: str, start: int, stop: int) -> Tensor:
-        """Rows ``start`` to ``stop`` of the tensor ``name``, across shards."""
         self._check_range(split, start, stop)
         shards, size = self.shards(split, name), self.manifest["rows_per_shard"]
         out = torch.empty(stop - start, *shards[0].shape[1:], dtype=shards[0].dtype)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_zoo.data.cache import MANIFEST, Cache, open_cache
+from sae_zoo.data.cache import MANIFEST, Cache, StoredActivations, open_cache
 from sae_zoo.data.folders import Folder, LocalFolder
 from sae_zoo.data.norms import Norms
 from sae_zoo.data.shards import ShardStream, StoredTensor, inverse
@@ -76,19 +76,16 @@ class _BlendStream(ShardStream):
         return (np.arange(n) + int(super()._order(pass_)[0])) % n
 
 
-class MergedCache(Cache):
+class MergedCache(StoredActivations):
     """All parts of a cache as one: train is theirs one after the other, the held-out splits are those of the first.
 
     Attributes:
         parts: in order of their numbers.
         manifest: of the first part, with what is of all of them in its place; ``identity`` is that of the whole.
-
-    Args:
-        folder: holds the parts.
     """
 
-    def __init__(self, folder: Folder, parts: Sequence[Cache]):
-        super().__init__(folder, _manifest(parts), {})
+    def __init__(self, parts: Sequence[Cache]):
+        super().__init__(_manifest(parts))
         self.parts = parts
 
     def files(self) -> list[dict[str, Any]]:
@@ -102,7 +99,7 @@ class MergedCache(Cache):
         return torch.cat([part.tokens(split) for part in self._parts(split)])
 
     def shards(self, split: str, name: str) -> list[StoredTensor]:
-        """The tensor ``name`` of every shard, as stored: ``sequences`` count from 0 in every part."""
+        """The tensor ``name`` of every shard, as stored; ``sequences`` count from 0 in every part."""
         return [shard for part in self._parts(split) for shard in part.shards(split, name)]
 
     def stream(self, split: str, seed: int) -> ShardStream:
@@ -134,7 +131,7 @@ class MergedCache(Cache):
         return torch.cat(found)
 
 
-def open_cache_or_parts(place: Path | str | Folder) -> Cache:
+def open_cache_or_parts(place: Path | str | Folder) -> StoredActivations:
     """The finished cache in a folder or, where it has no manifest but folders directly in it do, these as one.
 
     Raises:
@@ -148,7 +145,7 @@ def open_cache_or_parts(place: Path | str | Folder) -> Cache:
                   if not part.name.startswith(".") and part.read(MANIFEST) is not None]
     if not inside:
         return open_cache(folder)
-    return MergedCache(folder, _in_order(folder, [open_cache(part) for part in inside]))
+    return MergedCache(_in_order(folder, [open_cache(part) for part in inside]))
 
 
 def _in_order(folder: Folder, found: Sequence[Cache]) -> list[Cache]:

@@ -32,12 +32,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from sae_zoo.data.activations import first_not_finite
-from sae_zoo.data.cache import DTYPES, FORMAT_VERSION, MANIFEST, Cache, Origin, manifest_digest, open_cache
+from sae_zoo.data.activations import Origin, first_not_finite
+from sae_zoo.data.cache import DTYPES, FORMAT_VERSION, MANIFEST, Cache, manifest_digest, open_cache
 from sae_zoo.data.corpus import SPLITS, PackedTokens
 from sae_zoo.data.norms import LongRows
-from sae_zoo.data.parts import Part, part_folder, partial_folder
 from sae_zoo.data.permutation import Permutation
+from sae_zoo.data.writer_parts import Part, part_folder, partial_folder
 from sae_zoo.files import replacing, sync_folder
 from sae_zoo.records import digest, write_json
 

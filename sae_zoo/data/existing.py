@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 
-from sae_zoo.data.cache import Cache
+from sae_zoo.data.cache import StoredActivations
+from sae_zoo.data.cache_parts import open_cache_or_parts
 from sae_zoo.data.corpus import Corpus
 from sae_zoo.data.folders import Folder, LocalFolder
 from sae_zoo.data.harvesting import HASHED_UP_TO_BYTES, HarvestSpec, identity_of
-from sae_zoo.data.merged import open_cache_or_parts
 from sae_zoo.lm.hooks import HookPoint, hook_width
 from sae_zoo.lm.load import LoadedLM
 
 
-def open_finished(folder: Folder, lm: LoadedLM, hook: HookPoint, corpus: Corpus, spec: HarvestSpec) -> Cache:
+def open_finished(folder: Folder, lm: LoadedLM, hook: HookPoint, corpus: Corpus, spec: HarvestSpec
+                  ) -> StoredActivations:
     """The cache in ``folder``, which must be the very one that a harvest of these would make, or all parts of it.
 
     Raises:

@@ -17,7 +17,7 @@ from sae_zoo.data.cache import FORMAT_VERSION, MANIFEST, Cache, cache_lock, make
 from sae_zoo.data.cache_writer import CacheWriter, check_disk_space, estimated_bytes
 from sae_zoo.data.corpus import HELD_OUT, SPLITS, Corpus, EmptyCorpus, PackedTokens, deal, dealt_to, pack
 from sae_zoo.data.norms import describe
-from sae_zoo.data.parts import Part, part_of, partial_folder, wait_for_first
+from sae_zoo.data.writer_parts import Part, part_of, partial_folder, wait_for_first
 from sae_zoo.lm.hooks import HookPoint, capture, hook_width
 from sae_zoo.lm.load import LoadedLM
 

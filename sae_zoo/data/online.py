@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_zoo.data.activations import Batches, first_not_finite
-from sae_zoo.data.cache import DTYPES, Cache, Origin, make_cache_id
+from sae_zoo.data.activations import Batches, Origin, TextActivations, first_not_finite
+from sae_zoo.data.cache import DTYPES, Cache, make_cache_id
 from sae_zoo.data.corpus import Corpus, PackedTokens, pack
 from sae_zoo.data.harvesting import HarvestSpec
 from sae_zoo.data.norms import Norms
@@ -195,8 +195,8 @@ class ShuffleBuffer:
         return piece
 
 
-class OnlineActivations(Cache):
-    """A cache of held-out rows, with train straight from the language model.
+class OnlineActivations(TextActivations):
+    """Held-out rows of a cache, and train straight from the language model.
 
     ``rows("train", ...)`` are in a fixed order, the first ones from sequences all over the text;
     ``norms`` are of the first 32,768 or so. ``data_id`` is that of the cache which has the same rows.
@@ -214,7 +214,8 @@ class OnlineActivations(Cache):
 
     def __init__(self, held_out: Cache, lm: LoadedLM, lm_name: str, hook: HookPoint, corpus: Corpus, spec: HarvestSpec,
                  *, buffer_rows: int, batch_size: int):
-        super().__init__(held_out.folder, held_out.manifest, held_out.stored)
+        self._held_out = held_out
+        self.cache_id, self.d_in, self.special_ids = held_out.cache_id, held_out.d_in, held_out.special_ids
         identity = {**held_out.manifest["identity"], "n_tokens": dict(spec.n_tokens)}
         self.data_id = make_cache_id(lm=lm_name, hook=hook.name, identity=identity)
         packed = pack(corpus.documents("train"), lm.tokenizer, spec.context_size, spec.n_tokens["train"])
@@ -224,11 +225,11 @@ class OnlineActivations(Cache):
         self.norms = Norms.of(self.rows("train", 0, n_sample))
 
     def n_rows(self, split: str) -> int:
-        return self._train.n_rows if split == "train" else super().n_rows(split)
+        return self._train.n_rows if split == "train" else self._held_out.n_rows(split)
 
     def rows(self, split: str, start: int, stop: int) -> Tensor:
         if split != "train":
-            return super().rows(split, start, stop)
+            return self._held_out.rows(split, start, stop)
         self._check_range(split, start, stop)
         parts, n_blocks = [], -(-self._train.n_rows // SAMPLE_ROWS)
         for block in range(n_blocks):
@@ -242,14 +243,14 @@ class OnlineActivations(Cache):
     def origin(self, split: str, start: int, stop: int) -> Origin:
         if split == "train":
             raise ValueError("training rows on the fly have no origin; harvest them (data=cache) to look them up")
-        return super().origin(split, start, stop)
+        return self._held_out.origin(split, start, stop)
 
     def tokens(self, split: str) -> Tensor:
-        return self._train.packed.tokens if split == "train" else super().tokens(split)
+        return self._train.packed.tokens if split == "train" else self._held_out.tokens(split)
 
     def stream(self, split: str, seed: int):
         if split != "train":
-            return super().stream(split, seed)
+            return self._held_out.stream(split, seed)
         return ShuffleBuffer(self._train, seed, buffer_rows=self._buffer_rows)
 
     def batches(self, split: str, batch_size: int, *, n_batches: int, seed: int, start: int = 0, rank: int = 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sae_zoo.data.cache import Cache
+from sae_zoo.data.activations import TextActivations
 from sae_zoo.evaluation.suite import HeldOutRows, score_attribution, score_in_lm, score_sae, within
 from sae_zoo.files import replacing
 from sae_zoo.running.settings import CacheSettings, TrainSettings
@@ -33,8 +33,8 @@ def evaluate_sae(settings: TrainSettings, sae: SAE, source: Source, run_dir: Pat
         return {**metrics, **dict.fromkeys(_IN_LM)}
     cache, data = source.activations, settings.source.data
     # What there is where there is a language model.
-    assert isinstance(cache, Cache) and isinstance(data, CacheSettings) and source.hook is not None
-    where = (source.lm, source.hook, cache.tokens("test"), cache.manifest["special_ids"])
+    assert isinstance(cache, TextActivations) and isinstance(data, CacheSettings) and source.hook is not None
+    where = (source.lm, source.hook, cache.tokens("test"), cache.special_ids)
     how: dict[str, Any] = {"n_tokens": settings.evaluation.n_lm_tokens, "batch_size": data.lm.batch_size,
                            "progress_bar": show}
     bound = cache.norm_bound

@@ -15,9 +15,9 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import CORPORA, Corpus
-from sae_zoo.data.file import FileActivations
 from sae_zoo.data.folders import Folder, LocalFolder
 from sae_zoo.data.harvesting import HarvestSpec
 from sae_zoo.data.remote import RemoteFolder, is_url

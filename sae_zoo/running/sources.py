@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sae_zoo.data.activations import Activations
+from sae_zoo.data.activations import Activations, TextActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.data.cache import Cache
-from sae_zoo.data.file import FileActivations
-from sae_zoo.data.finished import open_finished
+from sae_zoo.data.existing import open_finished
 from sae_zoo.data.harvesting import harvest
 from sae_zoo.data.online import OnlineActivations
 from sae_zoo.lm.hooks import HookPoint
@@ -39,7 +39,7 @@ class Source:
 
     @property
     def cache_id(self) -> str | None:
-        return self.activations.cache_id if isinstance(self.activations, Cache) else None
+        return self.activations.cache_id if isinstance(self.activations, TextActivations) else None
 
 
 def _harvest_caches(settings: CacheSettings, lm: LoadedLM, hooks: list[HookPoint], *, along: Sequence[HookPoint] = (),

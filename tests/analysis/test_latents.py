@@ -22,7 +22,7 @@ from analysis.latents import (
 )
 from analysis.latents.contexts import choose_places
 from analysis.latents.streaming import BINS, Histograms, Kept
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.lm.hooks import HookPoint, capture, resolve_hook
 from sae_zoo.records import read_record, write_record
 from sae_zoo.saes import variant_class

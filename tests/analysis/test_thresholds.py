@@ -7,7 +7,7 @@ import torch
 
 from analysis import thresholds
 from analysis.paper import FIGURES, NotMeasured, load_runs
-from analysis.paper.thresholds import window_slope
+from analysis.paper.threshold_figure import window_slope
 from sae_zoo.saes import variant_class
 
 LATENT, COEFFICIENT, BANDWIDTH = 7, 0.4, 0.3

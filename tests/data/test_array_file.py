@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 
 ROWS = torch.randn(103, 6, generator=torch.Generator().manual_seed(0))
 
@@ -121,7 +121,7 @@ def test_passes_and_seeds_differ_and_ranks_share(tmp_path):
 @pytest.mark.parametrize("row", [0, 50, 93, 102])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e300])
 def test_first_row_that_is_not_finite_is_named(tmp_path, monkeypatch, row, bad):
-    monkeypatch.setattr("sae_zoo.data.file._CHUNK_BYTES", 6 * 4 * 7)  # seven rows at a time
+    monkeypatch.setattr("sae_zoo.data.array_file._CHUNK_BYTES", 6 * 4 * 7)  # seven rows at a time
     rows = ROWS.double()
     rows[row, 3] = rows[102, 0] = bad
     with pytest.raises(ValueError, match=rf"a.npy holds NaN or inf \(as float32\), first in row {row};"):
@@ -185,17 +185,17 @@ def test_bad_requests(tmp_path):
 
 MEASURE = """
 import sys, torch
-from sae_zoo.data import file
+from sae_zoo.data import array_file
 
 def anonymous_megabytes():
     return int([line for line in open("/proc/self/status") if line.startswith("RssAnon")][0].split()[1]) / 1024
 
 torch.set_num_threads(1)
-file._CHUNK_BYTES = 1 << 20
+array_file._CHUNK_BYTES = 1 << 20
 before = anonymous_megabytes()
 kept = []
 for path in sys.argv[1:]:
-    data = file.FileActivations(path)
+    data = array_file.FileActivations(path)
     kept += [data, *data.batches("train", 64, n_batches=3, seed=0)]
     print(anonymous_megabytes() - before)
 """

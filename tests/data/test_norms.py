@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.data.norms import LongRows, Norms, describe
 from sae_zoo.functional.norms import in_place_of_long_rows, is_within, squared_norms
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_zoo.config import compose_config
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.running.fitting import fit
 from sae_zoo.running.settings import TrainSettings
 from sae_zoo.running.sources import Source

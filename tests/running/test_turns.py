@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from hydra_plugins.sae_zoo_one_stream import _groups
 from sae_zoo import harvest, train
 from sae_zoo.config import compose_config
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.records import read_record
 from sae_zoo.running import job as running_job
 from sae_zoo.running import scoring, turns

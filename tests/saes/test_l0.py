@@ -6,7 +6,7 @@ import torch
 
 from benchmarks.sound import synthetic
 from sae_zoo.config import CONFIG_DIR, compose_config
-from sae_zoo.data.file import FileActivations
+from sae_zoo.data.array_file import FileActivations
 from sae_zoo.evaluation.suite import HeldOutRows, score_sae
 from sae_zoo.running.fitting import fit
 from sae_zoo.running.settings import TrainSettings

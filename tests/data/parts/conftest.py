@@ -6,11 +6,11 @@ from functools import partial
 import fsspec
 import pytest
 
+from sae_zoo.data.cache_parts import open_cache_or_parts
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import TextFilesCorpus
-from sae_zoo.data.finished import open_finished
+from sae_zoo.data.existing import open_finished
 from sae_zoo.data.harvesting import HarvestSpec, harvest
-from sae_zoo.data.merged import open_cache_or_parts
 from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.lm.hooks import resolve_hook
 from tests.data.parts.spec import SPEC

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from sae_zoo.data.cache_parts import Blend, MergedCache, open_cache_or_parts
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.corpus import TextFilesCorpus
-from sae_zoo.data.folders import LocalFolder
-from sae_zoo.data.merged import Blend, MergedCache, open_cache_or_parts
 from sae_zoo.data.remote import RemoteFolder
 from sae_zoo.functional.norms import squared_norms
 from tests.data.parts.spec import HELD_OUT, SPEC
@@ -98,7 +97,7 @@ def test_every_blend_has_its_share_of_every_part(tmp_path, rows_per_shard):
                             rows_per_shard=rows_per_shard, activations={
                                 "train": rows[:, None], "validation": torch.ones(1, 1), "test": torch.ones(1, 1)})[0]
              for n, rows in zip(n_rows, numbers, strict=True)]
-    merged = MergedCache(LocalFolder(tmp_path), parts)
+    merged = MergedCache(parts)
     stored = merged.rows("train", 0, 37).flatten()
     assert stored.sort().values.tolist() == list(range(37))
 

@@ -12,9 +12,9 @@ from sae_zoo import evaluate, train
 from sae_zoo import harvest as harvest_entry_point
 from sae_zoo.config import compose_config
 from sae_zoo.data.cache import make_cache_id
+from sae_zoo.data.cache_parts import open_cache_or_parts
 from sae_zoo.data.corpus import dealt_to, split_of
 from sae_zoo.data.harvesting import identity_of
-from sae_zoo.data.merged import open_cache_or_parts
 from sae_zoo.records import read_record
 from sae_zoo.running.settings import CacheSettings, config_hash
 from tests.data.parts.spec import HELD_OUT, SPEC

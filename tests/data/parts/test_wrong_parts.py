@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from sae_zoo.data.cache import manifest_digest, open_cache
+from sae_zoo.data.cache_parts import open_cache_or_parts
 from sae_zoo.data.copies import Copies
 from sae_zoo.data.folders import LocalFolder
 from sae_zoo.data.harvesting import HarvestSpec
-from sae_zoo.data.merged import open_cache_or_parts
 from sae_zoo.data.remote import RemoteFolder
 from tests.data.parts.spec import SPEC
 
