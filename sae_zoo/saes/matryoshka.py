@@ -27,12 +27,13 @@ class MatryoshkaSAE(BatchTopKSAE):
             raise ValueError(f"sae.prefixes is {list(prefixes)}; give rising shares of the latents between 0 and 1")
         super().__init__(**common)
         self.sizes = sorted({max(1, round(share * self.d_sae)) for share in prefixes} - {self.d_sae})
+        if not self.sizes:
+            raise ValueError(f"d_sae is {self.d_sae}; matryoshka needs at least 2 latents, to have a prefix of them")
 
     def sums(self, step: Step) -> dict[str, Tensor]:
         ids = torch.arange(self.d_sae, device=step.latents.device) if step.latent_ids is None else step.latent_ids
         errors = [step.squared_error(step.latents * (ids < size), self.W_dec, self.b_dec)[0] for size in self.sizes]
-        total: Any = sum(errors)  # 0 where one latent is all of them, and has no prefix
-        return {"prefixes": total}
+        return {"prefixes": torch.stack(errors).sum()}
 
     def terms(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"prefixes": means["prefixes"]}

@@ -88,6 +88,23 @@ def test_batchtopk_keeps_the_running_mean_of_the_smallest_value_that_a_batch_kee
     assert float(sae.threshold) == pytest.approx(0.2 + 0.01 * (float(kept.min()) - 0.2), rel=1e-4)
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_matryoshka_adds_the_error_of_every_prefix(sparse):
+    sae, x = make("matryoshka", d_sae=8, l0_target=3, prefixes=[0.25, 0.5])
+    pre = pre_activations(sae, x)
+    f = pre.flatten().topk(3 * len(x)).values.min()
+    f = torch.where(pre >= f, pre, 0).clamp_min(0)
+    errors = [sse(x, f[:, :size] @ sae.W_dec[:size] + sae.b_dec) for size in (2, 4, 8)]
+    loss = sae.loss(x, sparse=sparse)
+    assert loss.total.item() == pytest.approx(sum(errors).item(), rel=1e-5)
+    assert loss.terms["prefixes"].item() == pytest.approx((errors[0] + errors[1]).item(), rel=1e-5)
+
+
+def test_one_latent_has_no_prefix():
+    with pytest.raises(ValueError, match="d_sae is 1; matryoshka needs at least 2 latents"):
+        make("matryoshka", d_sae=1, l0_target=1)
+
+
 def test_topk_keeps_the_k_largest_and_cuts_negative_ones():
     sae, x = make("topk", l0_target=5)
     pre = pre_activations(sae, x)
