@@ -75,11 +75,21 @@ def run_entry_point(task: Callable[[dict[str, Any]], object], config_name: str) 
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         if as_found:
             raise
-        print(f"sae_zoo.{config_name}: error: {one_line(error)}", file=sys.stderr)
+        print(f"sae_zoo.{config_name}: error: {_said_of(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if as_found is None:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _said_of(error: Exception) -> str:
+    """The message of a user's mistake, on one line; where a value is missing, which one."""
+    said = one_line(error)
+    if missing := re.search(r"Missing mandatory value: (\S+) full_key: (\S+)", said):
+        name, place = missing.groups()
+        key = place if place.rpartition(".")[2] == name else name
+        return f"{key} has no value; give {key}=..."
+    return said
 
 
 # What Hydra itself writes into the config of a sweep: its launcher and its sweeper.

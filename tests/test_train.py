@@ -211,6 +211,8 @@ BAD = {
     ("data=file", "data.path={tmp}/nan.npy"): "17",
     ("recipe.lr=-1",): "recipe.lr is -1",
     ("logger.name=banana",): "choose csv or wandb",
+    ("data=file",): "data.path has no value; give data.path=...",
+    ("corpus=text_files",): "corpus.paths has no value; give corpus.paths=...",
 }
 
 
@@ -222,7 +224,8 @@ def test_bad_input_is_one_clear_line(run, tmp_path, overrides):
     bad = np.zeros((100, 4), "float32")
     bad[17, 2] = np.nan
     np.save(tmp_path / "nan.npy", bad)
-    status, printed = run(*(o.format(tmp=tmp_path) for o in overrides), "sweep=bad",
+    sweep = [] if overrides == ("data=file",) else ["sweep=bad"]  # the name of the file names the sweep
+    status, printed = run(*(o.format(tmp=tmp_path) for o in overrides), *sweep,
                           small=not any("data=" in o for o in overrides))
     lines = [line for line in printed.splitlines() if line.startswith("sae_zoo.train: error: ")]
     assert status == 2 and len(lines) == 1 and BAD[overrides] in lines[0], printed
