@@ -93,15 +93,15 @@ def test_peak_memory_of_real_steps(variant, d_in, d_sae):
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(3)]
     peaks = [process.communicate()[0].split() for process in running]
     assert not any(process.returncode for process in running)
-    dense, sparse = (max(map(int, of)) for of in zip(*peaks, strict=True))
+    dense, sparse, entries = (max(map(float, of)) for of in zip(*peaks, strict=True))
     make = build(variant, d_in=d_in, d_sae=d_sae, l0_target=40)
     cost = sae_cost(make, batch)
     peak = cost.peak_bytes(40, dense=True, device="cpu")
     print(f"{variant}: dense {dense / 2**20:.0f} MB, predicted {peak / 2**20:.0f}; sparse "
-          f"{sparse / 2**20:.0f} MB, predicted {cost.sparse_bytes(60) / 2**20:.0f}")
+          f"{sparse / 2**20:.0f} MB, predicted {cost.sparse_bytes(entries) / 2**20:.0f}")
     assert cost.peak_bytes(40, dense=False, device="cpu") < peak
     assert abs(math.log(peak / max(dense, sparse))) < math.log(1.5)
-    assert abs(math.log(cost.sparse_bytes(60) / sparse)) < math.log(1.15)
+    assert abs(math.log(cost.sparse_bytes(entries) / sparse)) < math.log(1.15)
 
 
 PEAK = """
@@ -124,7 +124,9 @@ for sparse in (True, False):
     for _ in range(3):
         trainee.step(sparse=sparse)
     peaks.append(_status("VmHWM") - before)
+    if sparse:
+        entries = float(trainee.sae.density) * {d_sae}
     del trainee, x
     give_back_freed_memory()
-print(peaks[1], peaks[0])
+print(peaks[1], peaks[0], entries)
 """
